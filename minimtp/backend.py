@@ -1,0 +1,106 @@
+"""NumPy or CuPy behind one name, moves between host and device, and the one matrix product."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+ROWS = 16  # a pass of at most this many tokens computes every token by itself ("rows"); a wider one by GEMM
+TILE_BYTES = 1 << 20  # one tile of a weight, as float32: small enough to stay in cache while all tokens use it
+POOL_BYTES = 4 << 20  # below this a weight is multiplied by the calling thread alone
+
+
+class BackendError(ValueError):
+    """The backend that was asked for is not there."""
+
+
+def array_module(backend):
+    """The array module named "numpy" or "cupy".
+
+    Raises BackendError for another name, or where CuPy or its device is missing.
+    """
+    if backend == "numpy":
+        return np
+    if backend != "cupy":
+        raise BackendError(f"unknown backend {backend!r}: expected 'numpy' or 'cupy'")
+    try:
+        import cupy
+    except ImportError:
+        raise BackendError("backend 'cupy' needs CuPy: install minimtp[cuda12] or minimtp[cuda13]") from None
+    if not cupy.cuda.is_available():
+        raise BackendError("backend 'cupy' found no CUDA device")
+    return cupy
+
+
+def to_host(x):
+    """x as a NumPy array (x itself where it is one already)."""
+    return x if isinstance(x, np.ndarray) else x.get()
+
+
+@cache
+def _blas():
+    return ThreadpoolController()
+
+
+@contextmanager
+def one_blas_thread():
+    """Inside, a BLAS call runs on the thread that makes it: the pool below is the only parallelism.
+
+    How BLAS divides a product over its threads depends on the shape, and with it the order of sums.
+    """
+    with _blas().limit(limits=1, user_api="blas"):
+        yield
+
+
+@cache
+def _pool():
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+@cache
+def tiles(rows, columns):
+    """Row ranges that cut a [rows, columns] weight: heights a multiple of 64, never a last range of one row.
+
+    The same for dense and packed weights. A product with one row would take BLAS's dot instead of its
+    matrix-vector kernel, and so another order of sums.
+    """
+    height = max(64, TILE_BYTES // (4 * columns) // 64 * 64)
+    starts = list(range(0, rows, height))
+    if len(starts) > 1 and rows - starts[-1] == 1:
+        starts.pop()
+    return tuple(zip(starts, [*starts[1:], rows]))
+
+
+def _tile(w, start, stop, dtype):
+    return w[start:stop] if isinstance(w, np.ndarray) else w.rows(start, stop, dtype)
+
+
+def matmul(x_TI, w_OI):
+    """x_TI times the transpose of a weight -> [T, O], in x's dtype.
+
+    w_OI is an array, or anything with `shape` and `rows(start, stop, dtype) -> [stop - start, I]`. Up to ROWS
+    tokens each is multiplied by itself, so its result does not depend on how many share the pass.
+    """
+    out_TO = np.empty((len(x_TI), w_OI.shape[0]), x_TI.dtype)
+    x_TI1 = np.ascontiguousarray(x_TI)[:, :, None]
+
+    def one(bounds):
+        tile = _tile(w_OI, *bounds, x_TI.dtype)
+        if len(x_TI) <= ROWS:
+            out_TO[:, slice(*bounds)] = np.matmul(tile, x_TI1)[:, :, 0]
+        else:
+            np.matmul(x_TI, tile.T, out=out_TO[:, slice(*bounds)])
+
+    parts = tiles(*w_OI.shape)
+    small = len(parts) == 1 or w_OI.shape[0] * w_OI.shape[1] * 4 < POOL_BYTES
+    for _ in map(one, parts) if small else _pool().map(one, parts):
+        pass
+    return out_TO
+
+
+def gather(w_VD, ids_T, dtype):
+    """Rows `ids_T` of an embedding (an array or a weight object) -> [T, D]."""
+    return w_VD[ids_T] if isinstance(w_VD, np.ndarray) else w_VD.take(ids_T, dtype)

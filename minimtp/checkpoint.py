@@ -1,0 +1,318 @@
+"""Folders of safetensors files -> lazy, memory-mapped, named raw tensors. Nothing in a file is believed until checked.
+
+A safetensors file is: 8 bytes, little-endian length N; N bytes of JSON, {name: {dtype, shape, data_offsets}}; the data.
+https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import mmap
+import os
+import reprlib
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+
+# Stored element types. NumPy has no bfloat16 (kept as its 16 bits) and no 8-bit floats; BOOL stays bytes: 2 is not True
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+    "BOOL": "u1",
+}  # fmt: skip
+FLOATS = ("F32", "F16", "BF16", "F64")
+MAX_JSON = 100_000_000  # bytes; the limit of the safetensors library
+MAX_DIMS = 64  # NumPy's
+
+_repr = reprlib.Repr()  # hostile names, numbers and lists in error messages: one line, cut short, escaped
+_repr.maxstring = _repr.maxother = 120
+show = _repr.repr
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as what it claims to be; the message is one line: which file, which thing."""
+
+
+@dataclass(frozen=True, eq=False)
+class RawTensor:
+    """A tensor as its file stores it: little-endian, C order, nothing read from disk until it is looked at."""
+
+    name: str
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]
+    data: np.ndarray = field(repr=False)  # uint8 [bytes], a read-only view of the memory map, at any alignment
+    file: Path
+
+    def stored(self):
+        """-> read-only array [*shape] in the stored dtype, no copy (bf16 as its uint16 bits; perhaps unaligned)."""
+        return self.data.view(DTYPES[self.dtype]).reshape(self.shape)
+
+    def to(self, dtype):
+        """-> new float array [*shape]; exact, except when narrowed. CheckpointError if the tensor is not float."""
+        if self.dtype not in FLOATS:
+            raise CheckpointError(f"{self.file}: {show(self.name)} is {self.dtype}, not a float")
+        if self.dtype == "BF16":
+            return bf16_to_float(self.stored(), dtype)
+        return self.stored().astype(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An opened model folder: its config.json and every tensor of its shards by name."""
+
+    folder: Path
+    config: dict = field(repr=False)
+    tensors: dict[str, RawTensor] = field(repr=False)
+
+
+def open_checkpoint(path):
+    """Open a folder with model.safetensors, or model.safetensors.index.json and its shards; or one .safetensors file.
+
+    Either way config.json must be there too. In a folder with both, the index is ignored, as transformers does. A shard
+    may be a symlink to anywhere (hub caches are made of them, and who can plant one can plant the file), but the index,
+    a text that travels, may name only files below the folder. Raises CheckpointError: which file, which thing.
+    """
+    path = Path(path)
+    if not _is(path, "file") and not _is(path, "dir"):
+        raise CheckpointError(f"{path}: no such file or folder")
+    folder = path if _is(path, "dir") else path.parent
+    config = read_json(folder / "config.json")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if folder is not path:
+        tensors = read_safetensors(path)[0]
+    elif _is(single, "file"):
+        tensors = read_safetensors(single)[0]
+    elif _is(index, "file"):
+        tensors = _read_shards(folder, index)
+    else:
+        raise CheckpointError(f"{folder}: no {single.name} and no {index.name} in it")
+    return Checkpoint(folder, config, tensors)
+
+
+def read_safetensors(path):
+    """One safetensors file -> ({name: RawTensor}, {metadata key: text}).
+
+    Raises CheckpointError unless the header is sound and its tensors account for every byte of the file.
+    """
+    path = Path(path)
+    data = _map(path)
+    if len(data) < 8:
+        raise CheckpointError(f"{path}: truncated: {len(data)} bytes, no room for the header's length")
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > MAX_JSON:
+        raise CheckpointError(f"{path}: not a safetensors file: header length {length} is above {MAX_JSON}")
+    if 8 + length > len(data):
+        raise CheckpointError(f"{path}: truncated: header of {length} bytes in a file of {len(data)}")
+    header = _parse_json(data[8 : 8 + length].tobytes(), f"{path}: header")
+    metadata = header.pop("__metadata__", {})
+    if not _are_texts(metadata):
+        raise CheckpointError(f"{path}: header: __metadata__ is not a table of texts")
+    data = data[8 + length :]
+    spans = {name: _check_entry(f"{path}: {show(name)}", entry) for name, entry in header.items()}
+    _check_cover(path, spans, len(data))
+    tensors = {
+        name: RawTensor(name, header[name]["dtype"], tuple(header[name]["shape"]), data[begin:end], path)
+        for name, (begin, end) in spans.items()
+    }
+    return tensors, metadata
+
+
+def write_safetensors(path, arrays, metadata=None):
+    """Write {name: array, or (dtype name, array of stored bits) as ("BF16", uint16 array)} atomically: all or nothing.
+
+    The bytes go to a temporary file in the same folder, which takes the name once they are on the disk. CheckpointError
+    for an array that the format cannot hold; OSError if the disk will not have it.
+    """
+    path, metadata = Path(path), dict(metadata or {})
+    if not _are_texts(metadata):
+        raise CheckpointError(f"{path}: metadata is not a table of texts")
+    arrays = {name: _storable(name, value) for name, value in arrays.items()}
+    order = sorted(arrays, key=lambda name: (-arrays[name][1].itemsize, name))  # widest first: all data is aligned
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name in order:
+        dtype, array = arrays[name]
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                file.write(np.ascontiguousarray(arrays[name][1]).reshape(-1).view(np.uint8))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def bf16_to_float(bits, dtype=np.float32):
+    """bfloat16 bits (uint16, any shape) -> the same values as floats: a bf16 is the upper half of a float32."""
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32).astype(dtype, copy=False)
+
+
+def float_to_bf16(x):
+    """Floats (any shape) -> nearest bfloat16 bits (uint16), ties to even, NaN stays NaN."""
+    x = np.asarray(x)
+    with np.errstate(over="ignore"):
+        single = x.astype(np.float32)
+    bits = single.view(np.uint32)
+    if x.dtype == np.float64:  # round to odd first (cut, then mark what was cut in the last bit): no rounding twice
+        bits = bits - (np.abs(single) > np.abs(x)) | (single != x)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+_REQUIRED = object()
+
+
+def config_value(table, key, kind, default=_REQUIRED):
+    """A field of a configuration: a `kind` (int: >= 1, float, bool, str, list, dict); absent or null: the default.
+
+    Raises CheckpointError naming the field. None as the default makes the field optional.
+    """
+    value = table.get(key)
+    if value is None:
+        if default is _REQUIRED:
+            raise CheckpointError(f"config: {key} is missing")
+        return default
+    if kind is float:
+        fits = type(value) in (int, float) and abs(value) < 2**63  # neither NaN nor infinite nor past all floats
+    else:
+        fits = type(value) is kind
+    if not fits or (kind is int and value < 1):
+        wanted = {int: "a positive integer", float: "a number", dict: "an object"}.get(kind, f"a {kind.__name__}")
+        raise CheckpointError(f"config: {key} is {show(value)}, expected {wanted}")
+    return float(value) if kind is float else value
+
+
+def _is(path, kind):
+    try:
+        return path.is_dir() if kind == "dir" else path.is_file()
+    except (OSError, ValueError):  # a name too long, a NUL in it, no permission
+        return False
+
+
+def _map(path):
+    """The file's bytes as a read-only uint8 array over a memory map."""
+    if not _is(path, "file"):
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return np.empty(0, np.uint8)  # cannot be mapped
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def read_json(path):
+    data = _map(path)
+    if len(data) > MAX_JSON:
+        raise CheckpointError(f"{path}: {len(data)} bytes of JSON, more than {MAX_JSON}")
+    return _parse_json(data.tobytes(), path)
+
+
+def _parse_json(data, where):
+    """JSON text -> dict; repeated keys are refused, since readers differ in which one they believe."""
+
+    def unique(pairs):
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            seen = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise CheckpointError(f"{where}: key {show(twice)} appears twice")
+        return table
+
+    try:
+        table = json.loads(data.decode(), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{where}: a JSON object was expected, not {show(table)}")
+    return table
+
+
+def _read_shards(folder, index):
+    """The shards an index names -> {name: RawTensor}; index and shards must tell the same story."""
+    names = read_json(index).get("weight_map")
+    if not _are_texts(names):
+        raise CheckpointError(f"{index}: weight_map is not a table of file names")
+    tensors = {}
+    for file in sorted(set(names.values())):
+        outside = any(p.anchor or ".." in p.parts for p in (PurePosixPath(file), PureWindowsPath(file)))
+        if outside or not file.isprintable():
+            raise CheckpointError(f"{index}: {show(file)} is not a file inside the folder")
+        for name, tensor in read_safetensors(folder / file)[0].items():
+            if name in tensors:
+                raise CheckpointError(f"{tensor.file}: {show(name)} is also in {tensors[name].file.name}")
+            if names.get(name) != file:
+                raise CheckpointError(f"{tensor.file}: {show(name)} is not in the index as a tensor of this file")
+            tensors[name] = tensor
+    for name, file in names.items():
+        if name not in tensors:
+            raise CheckpointError(f"{folder / file}: no tensor {show(name)}, which {index.name} places there")
+    return tensors
+
+
+def _check_entry(where, entry):
+    """One header entry -> (begin, end) of its bytes, after checking everything that can be wrong inside it."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: not a table of dtype, shape and data_offsets: {show(entry)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{where}: unknown dtype {show(dtype)}")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
+        raise CheckpointError(f"{where}: shape {show(shape)} is not a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where}: data_offsets {show(offsets)} are not two positions")
+    itemsize = np.dtype(DTYPES[dtype]).itemsize
+    if math.prod(size or 1 for size in shape) * itemsize >= 2**63:  # NumPy refuses these even when one size is 0
+        raise CheckpointError(f"{where}: shape {show(shape)} is too large")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * itemsize:
+        raise CheckpointError(f"{where}: {dtype} {show(shape)} does not fill data_offsets {show(offsets)}")
+    return begin, end
+
+
+def _are_texts(table):
+    return isinstance(table, dict) and all(isinstance(text, str) for pair in table.items() for text in pair)
+
+
+def _are_sizes(numbers):
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+
+
+def _check_cover(path, spans, size):
+    """The tensors must cover the data exactly, as the format demands: no overlap, no hole, nothing before or after."""
+    position = 0
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin < position:
+            raise CheckpointError(f"{path}: {show(name)} overlaps another tensor")
+        if end > size:
+            raise CheckpointError(f"{path}: {show(name)} ends at byte {end} of {size}: truncated, or wrong offsets")
+        if begin > position:
+            raise CheckpointError(f"{path}: {begin - position} bytes before {show(name)} belong to no tensor")
+        position = end
+    if position < size:
+        raise CheckpointError(f"{path}: {size - position} bytes after the last tensor belong to none")
+
+
+def _storable(name, value):
+    """array or (dtype name, array) -> (dtype name, little-endian array)."""
+    dtype, array = value if isinstance(value, tuple) else (None, value)
+    array = np.asarray(array)
+    if dtype is None:
+        dtype = {"b": "BOOL", "f": "F", "i": "I", "u": "U"}.get(array.dtype.kind, "?")
+        dtype += "" if dtype == "BOOL" else str(8 * array.itemsize)
+        array = array.view(np.uint8) if dtype == "BOOL" else array
+    if name == "__metadata__" or dtype not in DTYPES or array.dtype.newbyteorder("<") != np.dtype(DTYPES[dtype]):
+        raise CheckpointError(f"cannot store {show(name)}, {array.dtype} as {dtype}")
+    return dtype, array.astype(DTYPES[dtype], copy=False)

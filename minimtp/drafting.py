@@ -1,0 +1,126 @@
+"""Drafts, which carry the law they were drawn from, and the drafters that make them.
+
+A drafter holds no state of a sequence: what it needs to know of one is in the target's cache.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from . import gemma4, gemma4_assistant
+from .backend import to_host
+from .sampling import draw
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Draft tokens and their law: q_KV [K, V] that they were drawn from, or None for point masses (argmax drafts).
+
+    soft_KV: the drafter's soft law beside a point mass; only the exhibit rule `hf-gemma4` looks at it.
+    """
+
+    tokens: tuple
+    q_KV: np.ndarray | None = None
+    soft_KV: np.ndarray | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "tokens", tuple(int(token) for token in self.tokens))
+
+
+class Drafter(Protocol):
+    """What `generate` asks of a drafter."""
+
+    def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
+        """Read the new tokens and draft at most num_draft more -> Draft.
+
+        new_tokens_N are the tokens the target has emitted or been given since the last call, the last of them not yet
+        read by the target; hidden_ND [N, D] are the target's final-norm hidden states that each of them came from.
+        u_K are uniforms for drafts that are drawn. num_draft 0 reads only. Raises ValueError unless what the drafter
+        has read and new_tokens_N are what the cache has read and one token more.
+        """
+
+
+def check_news(new_tokens_N, hidden_ND, cache):
+    """Raise ValueError unless the new tokens continue the sequence in the cache, each with its hidden state."""
+    count = len(new_tokens_N)
+    if not count or len(hidden_ND) != count:
+        raise ValueError(f"{count} new tokens with {len(hidden_ND)} hidden states: expected one for each, at least one")
+    if count > cache.length or list(new_tokens_N[:-1]) != cache.tokens[cache.length - count + 1 :]:
+        raise ValueError(f"the {count} new tokens do not continue the {cache.length} tokens that the cache has read")
+
+
+def choose(logits_V, sampling, u=None):
+    """(token, law it was drawn from): by argmax, with law None, at temperature 0; else by inverse CDF of u."""
+    law_V = sampling.law(to_host(logits_V))
+    return (int(law_V.argmax()), None) if sampling.temperature == 0 else (draw(law_V, u), law_V)
+
+
+@dataclass(frozen=True)
+class GemmaAssistant:
+    """Drafts with a Gemma 4 assistant. Reads nothing: its last new token and hidden state suffice."""
+
+    params: object
+    config: gemma4_assistant.Config
+    target: object
+    position: str = "bonus"
+    window_edge: str = "inclusive"
+
+    def __post_init__(self):
+        for name, known in (("position", ("bonus", "committed")), ("window_edge", ("inclusive", "exclusive"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+
+    def forward(self, token, hidden_D, cache):
+        """One step after `token` -> (logits [V], hidden [D] to feed back)."""
+        embedded_D = self.target.embed([token])[0]
+        lent = gemma4.lendable_kv(self.target.config, cache)
+        options = self.position, self.window_edge
+        return gemma4_assistant.step(self.params, self.config, embedded_D, hidden_D, lent, cache.length, *options)
+
+    def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
+        check_news(new_tokens_N, hidden_ND, cache)
+        token, hidden_D, tokens, laws = new_tokens_N[-1], hidden_ND[-1], [], []
+        for j in range(num_draft):
+            logits_V, hidden_D = self.forward(token, hidden_D, cache)
+            token, law_V = choose(logits_V, sampling, u_K[j])
+            tokens.append(token)
+            laws.append(law_V)
+        return Draft(tokens, None if sampling.temperature == 0 or not laws else np.stack(laws))
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """Drafts what followed the last occurrence of the newest n-gram, longest n first; needs no weights.
+
+    After Saxena's prompt lookup decoding (2023). The draft is a point mass, and empty where nothing recurs.
+    """
+
+    max_ngram: int = 3
+
+    def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
+        check_news(new_tokens_N, hidden_ND, cache)
+        tokens = np.array([*cache.tokens, new_tokens_N[-1]])
+        return Draft(self._continuation(tokens)[:num_draft])
+
+    def _continuation(self, tokens_T):
+        for n in range(min(self.max_ngram, len(tokens_T) - 1), 0, -1):
+            windows = np.lib.stride_tricks.sliding_window_view(tokens_T[:-1], n)
+            found = np.flatnonzero((windows == tokens_T[-n:]).all(axis=1))
+            if len(found):
+                return tokens_T[found[-1] + n :]
+        return tokens_T[:0]
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """Drafts what it is told: `script(position, count)` -> at most `count` tokens from that position on.
+
+    For tests and benchmarks; the position counts all tokens of the sequence from 0. The draft is a point mass.
+    """
+
+    script: object
+
+    def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
+        check_news(new_tokens_N, hidden_ND, cache)
+        return Draft(self.script(cache.length + 1, num_draft)[:num_draft])

@@ -1,0 +1,230 @@
+"""A path becomes a model: family, configuration, parameters, tokenizer, drafter. Strict, and every error names a thing."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+from . import gemma4, gemma4_assistant
+from .backend import array_module
+from .cache import CacheError
+from .checkpoint import CheckpointError, bf16_to_float, float_to_bf16, open_checkpoint, read_json, show
+from .drafting import GemmaAssistant, PromptLookup
+from .quant import Plain, check_finite, parse_quantization, read_weight
+from .text import Tokenizer, load_tokenizer
+
+TARGETS = (gemma4,)
+DRAFTERS = {gemma4_assistant: GemmaAssistant}
+DTYPES = ("float32", "float64")
+KEEPS = ("packed", "dense", "auto")
+PREFIXES = ("model.language_model.", "language_model.model.")  # spellings of "model."
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A loaded target model. Holds weights and configuration only; a sequence lives in its cache."""
+
+    folder: Path
+    family: ModuleType
+    config: object
+    params: SimpleNamespace
+    tokenizer: Tokenizer | None
+    dtype: np.dtype
+    backend: str
+    fingerprint: str
+    generation_config: dict
+
+    def new_cache(self, capacity=None):
+        """An empty cache for at most `capacity` tokens (None: the model's context, memory grown as needed)."""
+        limit = self.config.max_position_embeddings
+        if capacity is not None and not 1 <= capacity <= limit:
+            raise CacheError(f"a cache of {capacity} tokens does not suit a context of {limit}")
+        return self.family.new_cache(self.config, self.dtype, capacity, self.fingerprint, self.backend)
+
+    def load_cache(self, path):
+        """The cache that `cache.save(path)` wrote. Raises CacheError or CheckpointError where it is not this model's."""
+        cache = self.new_cache()
+        cache.restore(path)
+        return cache
+
+    def forward(self, ids_T, cache, taps=(), last=None):
+        """Read ids_T after what the cache holds -> layers.Output, with logits of the last `last` rows (None: all)."""
+        return self.family.forward(self.params, self.config, ids_T, cache, self.dtype, taps, last)
+
+    def embed(self, ids_T):
+        """The tokens' embeddings as the first layer sees them -> [T, D]."""
+        return self.family.embed(self.params, self.config, ids_T, self.dtype)
+
+    @property
+    def stop_ids(self):
+        """Ids that end a text, from generation_config.json."""
+        ids = self.generation_config.get("eos_token_id") or []
+        return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact"):
+    """Load a target model from a checkpoint folder, or the name of a bundled one -> Target.
+
+    dtype: "float32", or "float64", the ground truth that errors are measured against. keep: weights "packed" as
+    stored, unpacked at every use, or unpacked once ("dense"); "auto" unpacks where half of the free memory allows it.
+    embed_scale: sqrt(hidden size) "exact", or rounded to "bf16" as transformers does where it computes in bf16.
+    Raises CheckpointError or BackendError, one line that names the thing.
+    """
+    for name, value, known in (
+        ("dtype", dtype, DTYPES),
+        ("keep", keep, KEEPS),
+        ("embed_scale", embed_scale, ("exact", "bf16")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+    array_module(backend)
+    checkpoint = open_checkpoint(resolve(path))
+    family = _family(checkpoint, TARGETS, "target", DRAFTERS)
+    config = family.parse_config(checkpoint.config)
+    if embed_scale == "bf16":
+        config = replace(config, embed_scale=float(bf16_to_float(float_to_bf16(config.embed_scale))))
+    return Target(
+        folder=checkpoint.folder,
+        family=family,
+        config=config,
+        params=_read_params(checkpoint, family, config, np.dtype(dtype), keep),
+        tokenizer=load_tokenizer(checkpoint.folder, config.vocab_size),
+        dtype=np.dtype(dtype),
+        backend=backend,
+        fingerprint=_fingerprint(checkpoint, dtype, embed_scale),
+        generation_config=_generation_config(checkpoint.folder),
+    )
+
+
+def load_drafter(path, target, keep="auto", **options):
+    """Load a drafter for a target -> drafting.Drafter.
+
+    path: a checkpoint folder or bundled name; "auto": the assistant beside the target's folder (`NAME-assistant`);
+    "lookup": prompt lookup, which needs no weights. options: the drafter's own (see drafting). Raises CheckpointError
+    where there is none or it does not fit the target.
+    """
+    if path == "lookup":
+        return PromptLookup(**options)
+    folder = find_drafter(target) if path == "auto" else resolve(path)
+    if folder is None:
+        raise CheckpointError(f"no drafter for {target.folder}: no {target.folder.name}-assistant beside it")
+    checkpoint = open_checkpoint(folder)
+    family = _family(checkpoint, DRAFTERS, "drafter", TARGETS)
+    config = family.parse_config(checkpoint.config)
+    family.check_fits(config, target.config)
+    params = _read_params(checkpoint, family, config, target.dtype, keep)
+    return DRAFTERS[family](params, config, target, **options)
+
+
+def find_drafter(target):
+    """The folder of the assistant beside the target's, or None."""
+    folder = target.folder.with_name(f"{target.folder.name}-assistant")
+    return folder if folder.is_dir() else None
+
+
+def bundled(name):
+    """The folder of a model that comes with the project: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    places = (package / "weights" / name, package.parent / "weights" / name)
+    return next((place for place in places if place.is_dir()), None)
+
+
+def resolve(path):
+    """The path itself where something is there, else the bundled model of that name, else the path."""
+    path = Path(path)
+    is_name = len(path.parts) == 1 and not path.is_absolute()
+    return path if path.exists() or not is_name else bundled(path.name) or path
+
+
+def _family(checkpoint, families, role, others):
+    kind = checkpoint.config.get("model_type")
+    for family in families:
+        if kind in family.MODEL_TYPES:
+            return family
+    if any(kind in family.MODEL_TYPES for family in others):
+        raise CheckpointError(f"{checkpoint.folder}: model type {kind!r} is not a {role}")
+    known = ", ".join(name for family in families for name in family.MODEL_TYPES)
+    raise CheckpointError(f"{checkpoint.folder}: unknown {role} model type {show(kind)}: expected one of {known}")
+
+
+def _read_params(checkpoint, family, config, dtype, keep):
+    """The parameters as a tree of names; every tensor of the checkpoint is used exactly once, or skipped by name."""
+    tensors, prefix = _wanted_tensors(checkpoint, family.SKIPPED), _prefix(checkpoint)
+    quantization = parse_quantization(checkpoint.config)
+    table = family.tensors(config)
+    if keep == "auto":
+        dense_bytes = sum(int(np.prod(shape)) for _, shape, _ in table.values()) * dtype.itemsize
+        keep = "dense" if dense_bytes <= _free_memory() // 2 else "packed"
+    params = SimpleNamespace(layers=[SimpleNamespace() for _ in config.layers])
+    for place, (name, shape, kind) in table.items():
+        name = prefix + name.removeprefix("model.") if name.startswith("model.") else name
+        if kind == "vector":
+            weight, names = _read_vector(tensors, name)
+        else:
+            weight, names = read_weight(tensors, name.removesuffix(".weight"), quantization)
+        if weight.shape != shape:
+            raise CheckpointError(f"{checkpoint.folder}: {show(name)} is {list(weight.shape)}, expected {list(shape)}")
+        check_finite(weight)
+        _plant(params, place, weight.dequantize(dtype) if keep == "dense" or kind == "vector" else weight)
+        for used in names:
+            del tensors[used]
+    if tensors:
+        more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
+        raise CheckpointError(f"{checkpoint.folder}: unknown tensor {show(min(tensors))}{more}")
+    return params
+
+
+def _prefix(checkpoint):
+    """What this checkpoint writes where the tables say "model."."""
+    return next((p for p in PREFIXES if any(name.startswith(p) for name in checkpoint.tensors)), "model.")
+
+
+def _wanted_tensors(checkpoint, skipped):
+    """The checkpoint's tensors without other towers' and without a second copy of the tied head, as some exports have."""
+    tensors = {name: raw for name, raw in checkpoint.tensors.items() if not name.startswith(skipped)}
+    head, embedding = tensors.get("lm_head.weight"), tensors.get(f"{_prefix(checkpoint)}embed_tokens.weight")
+    if head is not None and embedding is not None and (head.dtype, head.shape) == (embedding.dtype, embedding.shape):
+        if np.array_equal(head.data, embedding.data):
+            del tensors["lm_head.weight"]
+    return tensors
+
+
+def _read_vector(tensors, name):
+    if name not in tensors:
+        raise CheckpointError(f"tensor {show(name)} is missing")
+    raw = tensors[name]
+    return Plain(raw.stored(), raw.dtype, raw.name), (name,)
+
+
+def _plant(params, place, value):
+    """Set `layers.3.q_proj` and the like."""
+    if place.startswith("layers."):
+        _, index, place = place.split(".")
+        params = params.layers[int(index)]
+    setattr(params, place, value)
+
+
+def _free_memory():
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system tells
+        return 4 << 30
+
+
+def _fingerprint(checkpoint, *settings):
+    """A hash of the configuration, the settings, and every tensor's name, shape and a sample of its bytes."""
+    digest = hashlib.sha256(json.dumps([checkpoint.config, settings], sort_keys=True).encode())
+    for name, raw in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {raw.dtype} {raw.shape}".encode())
+        sample = (raw.data[:1024], raw.data[-1024:], raw.data[:: max(1, raw.data.size // 16)])
+        digest.update(b"".join(part.tobytes() for part in sample))
+    return digest.hexdigest()
+
+
+def _generation_config(folder):
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
