@@ -92,7 +92,7 @@ def rejection(p_JV, q_KV, tokens_K, u_J):
     (vLLM's and SGLang's default for MTP drafts).  The bonus token comes from p.
     """
     for j, token in enumerate(tokens_K):
-        if not u_J[j] < p_JV.item(j, token) / q_KV.item(j, token):      # Python floats: over a tiny q, inf, no warning
+        if not u_J[j] < p_JV.item(j, token) / q_KV.item(j, token):  # Python floats: over a tiny q, inf, no warning
             return Verdict(j, draw(residual(p_JV[j], q_KV[j]), u_J[-1]))
     return Verdict(len(tokens_K), draw(p_JV[-1], u_J[-1]))
 
@@ -158,7 +158,7 @@ def _drafter_laws(q_KV, tokens_K, V):
     """q_KV checked, or the one-hot rows of a point-mass draft."""
     K = len(tokens_K)
     if q_KV is None or K == 0:
-        q_KV = np.zeros((K, V))                     # zeroed lazily by the system: a row costs nothing until it is used
+        q_KV = np.zeros((K, V))  # zeroed lazily by the system: a row costs nothing until it is used
         q_KV[np.arange(K), tokens_K] = 1
         return q_KV
     q_KV = _laws("q_KV", q_KV, (K, V))
@@ -175,11 +175,13 @@ def _laws(name, p, shape):
         raise ValueError(f"{name} has shape {list(p.shape)}; wanted [{', '.join(str(n or 'V') for n in shape)}]")
     with np.errstate(invalid="ignore"):
         least, total = p.min(-1), p.sum(-1)
-    bad = np.argwhere(~((least >= 0) & (abs(total - 1) <= 1e-6)))       # NaN and inf fail one of these too
+    bad = np.argwhere(~((least >= 0) & (abs(total - 1) <= 1e-6)))  # NaN and inf fail one of these too
     if len(bad):
         at = tuple(bad[0].tolist())
-        raise ValueError(f"{name}{list(at) or ''} is no law: least entry {least[at]:g}, sum {total[at]:.9g}; "
-                         "wanted finite entries >= 0 that sum to 1")
+        raise ValueError(
+            f"{name}{list(at) or ''} is no law: least entry {least[at]:g}, sum {total[at]:.9g}; "
+            "wanted finite entries >= 0 that sum to 1"
+        )
     return p
 
 

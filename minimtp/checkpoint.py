@@ -248,7 +248,7 @@ def _read_shards(folder, index):
     tensors = {}
     for file in sorted(set(names.values())):
         outside = any(p.anchor or ".." in p.parts for p in (PurePosixPath(file), PureWindowsPath(file)))
-        if outside or not file.isprintable():
+        if outside or not file.isprintable() or len(file) > 255:
             raise CheckpointError(f"{index}: {show(file)} is not a file inside the folder")
         for name, tensor in read_safetensors(folder / file)[0].items():
             if name in tensors:

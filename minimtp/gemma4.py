@@ -91,7 +91,9 @@ def parse_config(raw):
     for i, kind in enumerate(types):
         kv_heads, head_dim = _attention_sizes(text, i, kind, k_eq_v)
         if heads % kv_heads or head_dim % 2:
-            raise CheckpointError(f"config: layer {i} cannot have {heads} heads, {kv_heads} kv heads of width {head_dim}")
+            raise CheckpointError(
+                f"config: layer {i} cannot have {heads} heads, {kv_heads} kv heads of width {head_dim}"
+            )
         layers.append(Layer(kind, heads, kv_heads, head_dim, intermediate, k_eq_v and kind == "full", kv=i))
     _refuse_unsupported(text)
     hidden_size = config_value(text, "hidden_size", int)
@@ -232,13 +234,14 @@ def mlp(x_TD, w):
     return matmul(gelu(matmul(x_TD, w.gate_proj)) * matmul(x_TD, w.up_proj), w.down_proj)
 
 
-def decoder_layer(x_TD, w, layer, eps, rope, kv, span, tap=lambda name, x: x):
+def decoder_layer(x_TD, w, layer, eps, rope, kv, span, tap):
     """One layer -> [T, D]: attention and feed-forward, each normed before and after, and the whole scaled."""
+    tap("in", x_TD)
     a_TD = tap("attn", attention(rms_norm(x_TD, w.input_layernorm, eps), w, layer, eps, rope, kv, span))
     x_TD = x_TD + rms_norm(a_TD, w.post_attention_layernorm, eps)
     m_TD = tap("mlp", mlp(rms_norm(x_TD, w.pre_feedforward_layernorm, eps), w))
     x_TD = x_TD + rms_norm(m_TD, w.post_feedforward_layernorm, eps)
-    return x_TD * w.layer_scalar
+    return tap("out", x_TD * w.layer_scalar)
 
 
 def embed(params, config, ids_T, dtype):
@@ -268,10 +271,8 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
         }
         x_TD = tap("embed", embed(params, config, ids_T, dtype))
         for i, (layer, w) in enumerate(zip(config.layers, params.layers)):
-            tap(f"layer.{i}.in", x_TD)
             kv, rope, span = cache.layers[layer.kv], ropes[layer.kind], spans[layer.kind]
-            x_TD = decoder_layer(x_TD, w, layer, config.rms_norm_eps, rope, kv, span, lambda n, x: tap(f"layer.{i}.{n}", x))
-            tap(f"layer.{i}.out", x_TD)
+            x_TD = decoder_layer(x_TD, w, layer, config.rms_norm_eps, rope, kv, span, tap.within(f"layer.{i}"))
         hidden_TD = tap("final_norm", rms_norm(x_TD, params.norm, config.rms_norm_eps))
         rows = hidden_TD if last is None else hidden_TD[max(0, len(ids_T) - last) :]
         logits_TV = tap("logits", softcap(matmul(rows, params.embed_tokens), config.final_logit_softcapping))

@@ -11,7 +11,7 @@ import numpy as np
 from . import gemma4
 from .backend import matmul, one_blas_thread
 from .checkpoint import CheckpointError, config_value
-from .layers import rms_norm
+from .layers import no_tap, rms_norm
 
 MODEL_TYPES = ("gemma4_assistant",)
 SKIPPED = ()
@@ -24,13 +24,8 @@ class Config:
     text: gemma4.Config
     backbone_hidden_size: int
 
-    @property
-    def vocab_size(self):
-        return self.text.vocab_size
-
-    @property
-    def layers(self):
-        return self.text.layers
+    def __getattr__(self, name):  # hidden_size, layers and the rest are the text model's
+        return getattr(self.text, name)
 
 
 def parse_config(raw):
@@ -94,6 +89,6 @@ def step(params, config, embedded_B, hidden_B, lent, length, position="bonus", w
         x_TD = matmul(np.concatenate([embedded_B, hidden_B])[None], params.pre_projection)
         for layer, w in zip(text.layers, params.layers):
             kv, rope, span = lent[layer.kind], ropes[layer.kind], spans[layer.kind]
-            x_TD = gemma4.decoder_layer(x_TD, w, layer, text.rms_norm_eps, rope, kv, span)
+            x_TD = gemma4.decoder_layer(x_TD, w, layer, text.rms_norm_eps, rope, kv, span, no_tap)
         x_TD = rms_norm(x_TD, params.norm, text.rms_norm_eps)
         return matmul(x_TD, params.embed_tokens)[0], matmul(x_TD, params.post_projection)[0]

@@ -13,6 +13,7 @@ from .sampling import Sampling
 
 CHUNK = 512  # prompt tokens read at a time
 NO_DRAFT = Draft(())
+GREEDY = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def generate(
     drafter=None,
     num_draft=4,
     rule="rejection",
-    sampling=Sampling(temperature=0.0),
+    sampling=GREEDY,
     draft_sampling=None,
     max_new_tokens=128,
     stop=(),

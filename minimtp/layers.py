@@ -34,10 +34,19 @@ class Taps(dict):
             )
         self._wanted = frozenset(wanted)
 
+    def within(self, prefix):
+        """The same for names below a prefix."""
+        return lambda name, x: self(f"{prefix}.{name}", x)
+
     def __call__(self, name, x):
         if name in self._wanted:
             self[name] = x.copy()
         return x
+
+
+def no_tap(name, x):
+    """Stands where nothing is tapped."""
+    return x
 
 
 def token_ids(ids_T, vocab_size):

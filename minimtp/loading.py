@@ -1,4 +1,4 @@
-"""A path becomes a model: family, configuration, parameters, tokenizer, drafter. Strict, and every error names a thing."""
+"""A path becomes a model: family, configuration, parameters, tokenizer, drafter. Strict; every error names a thing."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ class Target:
         return self.family.new_cache(self.config, self.dtype, capacity, self.fingerprint, self.backend)
 
     def load_cache(self, path):
-        """The cache that `cache.save(path)` wrote. Raises CacheError or CheckpointError where it is not this model's."""
+        """The cache that `cache.save(path)` wrote. Raises CacheError or CheckpointError if it is not this model's."""
         cache = self.new_cache()
         cache.restore(path)
         return cache
@@ -66,6 +66,22 @@ class Target:
         return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
+def open_model(path, role=None):
+    """Open a checkpoint folder, or a bundled model by name -> (Checkpoint, family module, configuration); no weights.
+
+    role: "target" or "drafter" to insist on one. Raises CheckpointError.
+    """
+    checkpoint = open_checkpoint(resolve(path))
+    kind = checkpoint.config.get("model_type")
+    for family in (*TARGETS, *DRAFTERS):
+        if kind in family.MODEL_TYPES:
+            if role not in (None, "drafter" if family in DRAFTERS else "target"):
+                raise CheckpointError(f"{checkpoint.folder}: model type {kind!r} is not a {role}")
+            return checkpoint, family, family.parse_config(checkpoint.config)
+    known = ", ".join(name for family in (*TARGETS, *DRAFTERS) for name in family.MODEL_TYPES)
+    raise CheckpointError(f"{checkpoint.folder}: unknown model type {show(kind)}: expected one of {known}")
+
+
 def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact"):
     """Load a target model from a checkpoint folder, or the name of a bundled one -> Target.
 
@@ -82,9 +98,7 @@ def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     array_module(backend)
-    checkpoint = open_checkpoint(resolve(path))
-    family = _family(checkpoint, TARGETS, "target", DRAFTERS)
-    config = family.parse_config(checkpoint.config)
+    checkpoint, family, config = open_model(path, "target")
     if embed_scale == "bf16":
         config = replace(config, embed_scale=float(bf16_to_float(float_to_bf16(config.embed_scale))))
     return Target(
@@ -112,9 +126,7 @@ def load_drafter(path, target, keep="auto", **options):
     folder = find_drafter(target) if path == "auto" else resolve(path)
     if folder is None:
         raise CheckpointError(f"no drafter for {target.folder}: no {target.folder.name}-assistant beside it")
-    checkpoint = open_checkpoint(folder)
-    family = _family(checkpoint, DRAFTERS, "drafter", TARGETS)
-    config = family.parse_config(checkpoint.config)
+    checkpoint, family, config = open_model(folder, "drafter")
     family.check_fits(config, target.config)
     params = _read_params(checkpoint, family, config, target.dtype, keep)
     return DRAFTERS[family](params, config, target, **options)
@@ -127,10 +139,10 @@ def find_drafter(target):
 
 
 def bundled(name):
-    """The folder of a model that comes with the project: in the installed package, or beside it in a checkout."""
+    """A model's folder (or a file) that comes with the project: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     places = (package / "weights" / name, package.parent / "weights" / name)
-    return next((place for place in places if place.is_dir()), None)
+    return next((place for place in places if place.exists()), None)
 
 
 def resolve(path):
@@ -138,17 +150,6 @@ def resolve(path):
     path = Path(path)
     is_name = len(path.parts) == 1 and not path.is_absolute()
     return path if path.exists() or not is_name else bundled(path.name) or path
-
-
-def _family(checkpoint, families, role, others):
-    kind = checkpoint.config.get("model_type")
-    for family in families:
-        if kind in family.MODEL_TYPES:
-            return family
-    if any(kind in family.MODEL_TYPES for family in others):
-        raise CheckpointError(f"{checkpoint.folder}: model type {kind!r} is not a {role}")
-    known = ", ".join(name for family in families for name in family.MODEL_TYPES)
-    raise CheckpointError(f"{checkpoint.folder}: unknown {role} model type {show(kind)}: expected one of {known}")
 
 
 def _read_params(checkpoint, family, config, dtype, keep):
@@ -184,7 +185,7 @@ def _prefix(checkpoint):
 
 
 def _wanted_tensors(checkpoint, skipped):
-    """The checkpoint's tensors without other towers' and without a second copy of the tied head, as some exports have."""
+    """The checkpoint's tensors, less other towers' and the second copy of the tied head that some exports have."""
     tensors = {name: raw for name, raw in checkpoint.tensors.items() if not name.startswith(skipped)}
     head, embedding = tensors.get("lm_head.weight"), tensors.get(f"{_prefix(checkpoint)}embed_tokens.weight")
     if head is not None and embedding is not None and (head.dtype, head.shape) == (embedding.dtype, embedding.shape):

@@ -38,7 +38,7 @@ class Sampling:
             _require("min_p", self.min_p, Real, lambda v: 0 <= v <= 1, "None or a number in [0, 1]")
         for token in self.suppress:
             _require("suppress", token, Integral, lambda v: v >= 0, "token ids >= 0")
-        object.__setattr__(self, "suppress", tuple(self.suppress))      # a list is welcome; frozen things hold tuples
+        object.__setattr__(self, "suppress", tuple(self.suppress))  # a list is welcome; frozen things hold tuples
 
     def law(self, logits_TV, history=()):
         """The float64 law of each row: logits [T, V] or [V] -> the same shape.
@@ -46,7 +46,7 @@ class Sampling:
         history: token ids that the presence penalty counts, the same for every row.
         ValueError: a NaN or +inf logit or a row of -inf, by position; an id outside the vocabulary.
         """
-        z_TV = np.array(logits_TV, dtype=np.float64)                    # a copy, changed in place from here on
+        z_TV = np.array(logits_TV, dtype=np.float64)  # a copy, changed in place from here on
         if z_TV.ndim not in (1, 2) or z_TV.shape[-1] == 0:
             raise ValueError(f"logits have shape {z_TV.shape}; wanted [V] or [T, V] with V >= 1")
         z_TV[..., _ids("suppress", self.suppress, z_TV.shape[-1])] = -np.inf
@@ -60,9 +60,9 @@ class Sampling:
         if not (z_TV.max(-1) < np.inf).all():
             raise ValueError(f"temperature {self.temperature!r} is too small for these logits: they overflow")
         if self.top_k is not None and self.top_k < z_TV.shape[-1]:
-            z_TV[z_TV < np.partition(z_TV, -self.top_k)[..., [-self.top_k]]] = -np.inf      # ties with the k-th stay
+            z_TV[z_TV < np.partition(z_TV, -self.top_k)[..., [-self.top_k]]] = -np.inf  # ties with the k-th stay
         if self.top_p is not None and self.top_p < 1:
-            for z_V in z_TV.reshape(-1, z_TV.shape[-1]):                # views: rows are filtered in place
+            for z_V in z_TV.reshape(-1, z_TV.shape[-1]):  # views: rows are filtered in place
                 z_V[~_nucleus(z_V, self.top_p)] = -np.inf
         p_TV = _softmax(z_TV)
         if self.min_p is not None:
@@ -81,7 +81,7 @@ def draw(p_V, u):
     cdf_V = np.cumsum(p_V, dtype=np.float64)
     if not (cdf_V.size and 0 < cdf_V[-1] < np.inf):
         raise ValueError(f"cannot draw from a law of {cdf_V.size} entries with sum {cdf_V[-1:].sum()}")
-    return int(np.searchsorted(cdf_V / cdf_V[-1], u, side="right"))     # where the cdf steps past u, p > 0
+    return int(np.searchsorted(cdf_V / cdf_V[-1], u, side="right"))  # where the cdf steps past u, p > 0
 
 
 def _softmax(z_TV):
@@ -91,10 +91,10 @@ def _softmax(z_TV):
 
 def _nucleus(z_V, top_p):
     """True where top-p keeps a token: logits are dropped from the lowest while their sum stays <= 1 - top_p."""
-    rising = np.sort(z_V[z_V > -np.inf])                                # after top-k only k are left to sort
+    rising = np.sort(z_V[z_V > -np.inf])  # after top-k only k are left to sort
     drop = min(np.count_nonzero(np.cumsum(_softmax(rising)) <= 1 - top_p), len(rising) - 1)
     keep_V, edge_N = z_V > rising[drop], np.flatnonzero(z_V == rising[drop])
-    keep_V[edge_N[drop - np.searchsorted(rising, rising[drop]):]] = True
+    keep_V[edge_N[drop - np.searchsorted(rising, rising[drop]) :]] = True
     return keep_V
 
 
