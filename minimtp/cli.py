@@ -191,7 +191,9 @@ def trace_line(number, step, tokenizer, colours=False):
 
 
 def summarize(steps):
-    """What a run came to, as a JSON-able dict. acceptance[i]: of the rounds that drafted i + 1 tokens, how many kept them."""
+    """What a run came to, as a JSON-able dict. acceptance[i]: the share of rounds that kept i + 1 tokens, of those that
+    drafted as many.
+    """
     tokens, seconds = sum(len(step.tokens) for step in steps), sum(step.seconds for step in steps)
     depth = max(step.drafted for step in steps)
     rounds = [[step for step in steps if step.drafted > i] for i in range(depth)]

@@ -139,7 +139,7 @@ def find_drafter(target):
 
 
 def bundled(name):
-    """A model's folder (or a file) that comes with the project: in the installed package, or beside it in a checkout."""
+    """A model's folder (or a file) that comes with the project: in the installed package, or beside it, or None."""
     package = Path(__file__).resolve().parent
     places = (package / "weights" / name, package.parent / "weights" / name)
     return next((place for place in places if place.exists()), None)

@@ -1,7 +1,7 @@
 """Weights as they are stored, plain or quantized, and their float rows on demand: every storage layout, two objects.
 
 A weight has `shape` (out, in), `rows(start, stop, dtype)` and `take(ids, dtype)`; nothing that consumes it knows more.
-Letters: O output features, I input features, G groups along I, B bytes along I, R some of the O rows.
+Letters: O output and I input features, R some of the rows O; along I: G groups of K, or B bytes of C codes.
 """
 
 from collections.abc import Callable
@@ -109,14 +109,14 @@ def _levels(bits, dtype):
 def _unpack(packed_RB, scales_RG, bits):
     """-> [R, I] in the scales' dtype. One look-up gives all codes of a byte, already floats."""
     levels = _levels(bits, scales_RG.dtype)
-    (R, B), G = packed_RB.shape, scales_RG.shape[1]
-    w_RBC = np.empty((R, B, levels.shape[1]), scales_RG.dtype)
-    height = max(1, BLOCK * bits // 8 // B)
+    (R, B), G, C = packed_RB.shape, scales_RG.shape[1], levels.shape[1]
+    w_RBC = np.empty((R, B, C), scales_RG.dtype)
+    w_RGK = w_RBC.reshape(R, G, B * C // G)
+    height = max(1, BLOCK // (B * C))
     for block in (slice(start, start + height) for start in range(0, R, height)):
-        np.take(levels, packed_RB[block], axis=0, out=w_RBC[block], mode="clip")  # "raise" would buffer `out`
-        w_RGI = w_RBC[block].reshape(-1, G, B * levels.shape[1] // G)
-        w_RGI *= scales_RG[block, :, None]
-    return w_RBC.reshape(R, -1)
+        np.take(levels, packed_RB[block], axis=0, out=w_RBC[block], mode="clip")  # mode "raise" would buffer `out`
+        w_RGK[block] *= scales_RG[block, :, None]
+    return w_RBC.reshape(R, B * C)
 
 
 def _range(weight, start, stop):
