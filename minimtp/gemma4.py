@@ -30,6 +30,7 @@ ROPES = {  # what transformers assumes where a config is silent
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
+MAX_LAYERS = 1000  # a config that claims more is not believed: a plan and a table are made before any weight is read
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def parse_config(raw):
     if not isinstance(text, dict):
         raise CheckpointError("config: text_config is not an object")
     count = config_value(text, "num_hidden_layers", int)
+    if count > MAX_LAYERS:
+        raise CheckpointError(f"config: num_hidden_layers {count} is more than {MAX_LAYERS}")
     types = _layer_types(text, count)
     heads = config_value(text, "num_attention_heads", int)
     k_eq_v = config_value(text, "attention_k_eq_v", bool, False)
