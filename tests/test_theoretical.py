@@ -214,6 +214,14 @@ def test_exact_law_is_what_accept_does(rule):
                                    rtol=0, atol=2e-12)
 
 
+def test_an_exact_law_follows_its_rule(monkeypatch):
+    """It is not p by decree: where the rule's residual is broken, its law is."""
+    monkeypatch.setattr(acceptance, "residual", lambda p, q: p)
+    assert worst_gap("rejection", 200) > .1
+    for p, q in random_pairs(16, seed=6):
+        np.testing.assert_allclose(first_token_law("rejection", p, q), exact_law("rejection", p, q), rtol=0, atol=2e-12)
+
+
 def test_a_point_mass_is_its_one_hot_law():
     rng = np.random.default_rng(2)
     for p, q in random_pairs(200, seed=2):
@@ -352,6 +360,7 @@ def test_float32_laws_and_numpy_tokens_are_welcome_and_verdicts_are_plain():
     verdict = accept("rejection", np.stack([p, p]), draft_of(np.array([0]), np.stack([p])), np.float32([.5, .99]))
     assert verdict == Verdict(1, 4) and type(verdict.accepted) is type(verdict.token) is int
     np.testing.assert_array_equal(exact_law("match", p, np.int64(3)), p.astype(np.float64))
+    assert all(exact_law(rule, p, p).dtype == np.float64 for rule in ("greedy", *LOSSLESS))
 
 
 # --- bad input ---
@@ -372,6 +381,7 @@ def test_float32_laws_and_numpy_tokens_are_welcome_and_verdicts_are_plain():
     (r"q_KV\[0\] is no law: least entry 0.1, sum 0.5", dict(q=[[.1] * 5])),
     (r"draft token 0 is 2, but its law q_KV\[0\] gives it no probability", dict(q=[[.5, .5, 0, 0, 0]])),
     (r"a draft token is 5; wanted a token id in \[0, 5\)", dict(tokens=[5])),
+    (r"a draft token is 7; wanted", {"tokens": np.array([7])}),
     (r"a draft token is -1; wanted", dict(tokens=[-1])),
     (r"a draft token is 0.5; wanted", dict(tokens=[.5])),
     (r"u_J is \[0.5\]; wanted 2 uniforms in \[0, 1\) for 1 draft tokens", dict(u=[.5])),
