@@ -12,14 +12,31 @@ torch = pytest.importorskip("torch")
 GenerationConfig = pytest.importorskip("transformers").GenerationConfig
 GenerationMixin = pytest.importorskip("transformers.generation.utils").GenerationMixin
 
-COMBINATIONS = [dict(zip(("temperature", "top_k", "top_p", "min_p"), values)) for values in product(
-    (1.0, .6, 1.9), (None, 1, 7, 5000), (None, .05, .7, .95, 1.0), (None, 0.0, .1, 1.0))]
+COMBINATIONS = [
+    dict(zip(("temperature", "top_k", "top_p", "min_p"), values))
+    for values in product((1.0, 0.6, 1.9), (None, 1, 7, 5000), (None, 0.05, 0.7, 0.95, 1.0), (None, 0.0, 0.1, 1.0))
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are small: waking a second thread costs more than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache
 def processors(temperature, top_k, top_p, min_p, suppress=()):
-    config = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k or 0, top_p=top_p or 1.0,
-                              min_p=min_p, suppress_tokens=list(suppress) or None)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=top_k or 0,
+        top_p=top_p or 1.0,
+        min_p=min_p,
+        suppress_tokens=list(suppress) or None,
+    )
     built = GenerationMixin()._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
     wanted = [temperature != 1, top_k is not None, top_p is not None and top_p < 1, min_p is not None, bool(suppress)]
     assert len(built) == sum(wanted)
@@ -34,11 +51,11 @@ def transformers_law(logits_TV, **how):
 
 def logits_with_ties(rng, T, V):
     """Rows from all different to nearly all equal, some ids at -inf."""
-    z_TV = rng.normal(size=(T, V)) * rng.choice([.5, 2, 5], (T, 1))
+    z_TV = rng.normal(size=(T, V)) * rng.choice([0.5, 2, 5], (T, 1))
     for z_V, steps in zip(z_TV, rng.choice([0, 1, 2, 8], T)):
         if steps:
             z_V[:] = np.round(z_V * steps) / steps
-        z_V[rng.random(V) < .1] = -np.inf
+        z_V[rng.random(V) < 0.1] = -np.inf
         z_V[rng.integers(V)] = 1
     return z_TV
 
@@ -74,6 +91,13 @@ def test_an_unstable_sort_changes_which_of_equals_and_nothing_else():
         assert not (differ & (ours > 0) & (theirs > 0) & (abs(ours - theirs) > 1e-14)).any()
 
 
+@pytest.mark.parametrize("V", [2, 4, 5, 8, 10, 16])
+def test_equal_logits_whose_sums_lie_on_the_edge_of_top_p(V):
+    for top_p in (0.1, 0.2, 0.25, 0.3, 0.5, 0.6, 0.75, 0.8, 0.9):
+        how = {"temperature": 1.0, "top_k": None, "top_p": top_p, "min_p": None}
+        assert_same(Sampling(**how).law(np.zeros((1, V))), transformers_law(np.zeros((1, V)), **how), 1e-15)
+
+
 def test_suppressed_tokens():
     z_TV = logits_with_ties(np.random.default_rng(1), 8, 16)
     z_TV[:, 5] = 1
@@ -90,6 +114,8 @@ def test_float32_as_generate_computes_it_agrees_to_its_rounding():
 
 def test_the_full_vocabulary_of_gemma():
     z_TV = np.random.default_rng(3).normal(size=(2, 262_144)) * 3
-    for how in ({"temperature": 1.0, "top_k": 64, "top_p": .95, "min_p": None},
-                {"temperature": .7, "top_k": None, "top_p": .95, "min_p": .01}):
+    for how in (
+        {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": None},
+        {"temperature": 0.7, "top_k": None, "top_p": 0.95, "min_p": 0.01},
+    ):
         assert_same(Sampling(**how).law(z_TV), transformers_law(z_TV, **how), 1e-13)
