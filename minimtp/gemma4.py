@@ -33,6 +33,7 @@ ROPES = {  # what transformers assumes where a config is silent, like the next t
 }
 DEFAULTS = {"sliding_window": 512, "max_position_embeddings": 131_072, "hidden_size_per_layer_input": 256}
 UNIFIED_DEFAULTS = {"sliding_window": 1024, "max_position_embeddings": 262_144, "hidden_size_per_layer_input": 0}
+MAX_LAYERS = 1000  # a config that claims more is not believed: a plan and a table are made before any weight is read
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def parse_config(raw):
 def _plan(text):
     """Each layer's plan. The last num_kv_shared_layers use the KV of the last layer of their kind before them."""
     count = config_value(text, "num_hidden_layers", int)
+    if count > MAX_LAYERS:
+        raise CheckpointError(f"config: num_hidden_layers {count} is more than {MAX_LAYERS}")
     types = _layer_types(text, count)
     first_shared = count - _size(text, "num_kv_shared_layers")
     if first_shared < 0:

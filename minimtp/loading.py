@@ -253,7 +253,7 @@ def _read_experts(tensors, place, name, shape, quantization):
             split = fused.stored()[:, i * height : (i + 1) * height]
             weights = [Plain(split[e], fused.dtype, name) for e in range(count)]
         else:
-            names = [f"{name.removesuffix(stem)}{e}.{part}.weight" for e in range(count)]
+            names = (f"{name.removesuffix(stem)}{e}.{part}.weight" for e in range(count))
             weights = [next(_read_linear(tensors, "", n, (height, columns), quantization))[1] for n in names]
         yield place.replace(stem, part), weights
 

@@ -58,7 +58,7 @@ def stored_bytes(table, format):
 
 
 def describe(config, table, context, itemsize=4):
-    """Layer plan (layers alike in one row), parameters, bytes in each storage format, and of KV, as a JSON-able dict."""
+    """Layer plan (layers alike in one row), parameters, bytes by storage format, bytes of KV, as a JSON-able dict."""
     plans = {}
     for index, layer in enumerate(config.layers):
         plans.setdefault(replace(layer, kv=0), []).append(index)
