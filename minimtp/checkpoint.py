@@ -212,6 +212,7 @@ def _map(path):
 
 
 def read_json(path):
+    """A file that holds a JSON object -> dict. CheckpointError if it does not, or holds a key twice."""
     data = _map(path)
     if len(data) > MAX_JSON:
         raise CheckpointError(f"{path}: {len(data)} bytes of JSON, more than {MAX_JSON}")
