@@ -95,13 +95,14 @@ def softcap(x, cap):
 
 
 def rope_frequencies(rope, head_dim):
-    """Angles per position -> [C] float32, as transformers computes them (in float32, whatever the run's dtype).
+    """Angles per position -> [C] float32, which they are by definition in transformers, whatever the run's dtype.
 
     "default" rotates every pair; "proportional" only the first `fraction` of them, at the full width's pace.
     """
     angles = head_dim // 2 if rope.kind == "default" else int(rope.fraction * head_dim // 2)
     exponents = np.arange(0, 2 * angles, 2, dtype=np.float32) / np.float32(head_dim)
-    rotated = np.float32(1) / np.power(np.float32(rope.theta), exponents) / np.float32(rope.factor)
+    powers = np.power(rope.theta, exponents.astype(np.float64)).astype(np.float32)  # float32 pow differs by machine
+    rotated = np.float32(1) / powers / np.float32(rope.factor)
     return np.concatenate([rotated, np.zeros(head_dim // 2 - angles, np.float32)])
 
 
