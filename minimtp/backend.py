@@ -1,4 +1,4 @@
-"""NumPy or CuPy behind one name, moves between host and device, and the one matrix product."""
+"""The array library behind one name, moves to the host, and the one matrix product."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,21 +18,10 @@ class BackendError(ValueError):
 
 
 def array_module(backend):
-    """The array module named "numpy" or "cupy".
-
-    Raises BackendError for another name, or where CuPy or its device is missing.
-    """
-    if backend == "numpy":
-        return np
-    if backend != "cupy":
-        raise BackendError(f"unknown backend {backend!r}: expected 'numpy' or 'cupy'")
-    try:
-        import cupy
-    except ImportError:
-        raise BackendError("backend 'cupy' needs CuPy: install minimtp[cuda12] or minimtp[cuda13]") from None
-    if not cupy.cuda.is_available():
-        raise BackendError("backend 'cupy' found no CUDA device")
-    return cupy
+    """The array module named `backend`. Raises BackendError for one that is not there; so far there is only NumPy."""
+    if backend != "numpy":
+        raise BackendError(f"backend {backend!r} is not available: only 'numpy' is, so far")
+    return np
 
 
 def to_host(x):

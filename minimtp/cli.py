@@ -4,16 +4,16 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
-from statistics import median
 
 from . import __version__, memory
 from .acceptance import RULES
+from .bench import measure, summarize
+from .chat import Conversation
 from .checkpoint import CheckpointError
 from .generate import generate
-from .loading import find_drafter, load, load_drafter, open_model, resolve
-from .sampling import Sampling
+from .loading import find_drafter, load, load_drafter, open_model, published_config, resolve
+from .sampling import Sampling, recommended
 
 BUNDLED = "tiny-gemma4"
 PROMPT = "ROMEO:\n"  # what the bundled model is asked to continue where no prompt is given
@@ -44,27 +44,37 @@ def _parser():
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--draft", default="auto", help="auto, none, lookup (prompt lookup), or a drafter's folder")
     model.add_argument("-k", "--num-draft", type=int, default=4, metavar="K", help="tokens drafted a round (4)")
-    model.add_argument("-n", "--max-new-tokens", type=int, default=128, metavar="N", help="tokens at most (128)")
+    model.add_argument("-n", "--max-new-tokens", type=int, metavar="N", help="tokens at most (128; chat 1024)")
     model.add_argument("--backend", choices=("numpy", "cupy"), default="numpy")
     model.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     model.add_argument("--keep", choices=("auto", "packed", "dense"), default="auto", help="weights in memory")
-    model.add_argument("--json", action="store_true", help="print JSON instead of text")
 
-    run = commands.add_parser("run", parents=[model], help="continue a prompt, with drafts")
+    sampler = argparse.ArgumentParser(add_help=False)
+    sampler.add_argument("--model", default=BUNDLED, help=f"checkpoint folder, or a bundled model ({BUNDLED})")
+    sampler.add_argument("--rule", choices=tuple(RULES), default="rejection", help="acceptance rule (rejection)")
+    sampler.add_argument(
+        "--temp", type=float, help="temperature (run: 0, the most likely token; chat: the model's own)"
+    )
+    sampler.add_argument("--top-k", type=int)
+    sampler.add_argument("--top-p", type=float)
+    sampler.add_argument("--min-p", type=float)
+    sampler.add_argument("--seed", type=int, default=0)
+    sampler.add_argument("--trace", action="store_true", help="show every round: what was drafted, and its fate")
+    sampler.add_argument("--json", action="store_true", help="print steps as JSON, one a line, instead of text")
+
+    run = commands.add_parser("run", parents=[model, sampler], help="continue a prompt, with drafts")
     run.set_defaults(command=run_command)
     run.add_argument("prompt", nargs="?", help="the text to continue; - reads standard input")
-    run.add_argument("--model", default=BUNDLED, help=f"checkpoint folder, or a bundled model ({BUNDLED})")
-    run.add_argument("--rule", choices=tuple(RULES), default="rejection", help="acceptance rule (rejection)")
-    run.add_argument("--temp", type=float, default=0.0, help="temperature (0: the most likely token)")
-    run.add_argument("--top-k", type=int)
-    run.add_argument("--top-p", type=float)
-    run.add_argument("--min-p", type=float)
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--trace", action="store_true", help="show every round: what was drafted, and its fate")
+
+    chat = commands.add_parser("chat", parents=[model, sampler], help="talk with a model; /reset forgets, /exit ends")
+    chat.set_defaults(command=chat_command)
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument("--think", action=argparse.BooleanOptionalAction, help="thinking, where the template has it")
 
     show = commands.add_parser("show", help="a model's layer plan, parameters and memory")
     show.set_defaults(command=show_command)
-    show.add_argument("model", nargs="?", default=BUNDLED)
+    show.add_argument("model", nargs="?", default=BUNDLED, help="checkpoint folder, or a bundled model")
+    show.add_argument("--config", metavar="NAME", help="a published configuration instead, without weights")
     show.add_argument("--context", type=int, metavar="N", help="tokens of context to count KV bytes for")
     show.add_argument("--json", action="store_true")
 
@@ -74,49 +84,47 @@ def _parser():
     bench.add_argument("--text", help="file to take prompts from (the bundled held-out text)")
     bench.add_argument("--prompts", type=int, default=8, metavar="P", help="prompts, evenly spaced in the text (8)")
     bench.add_argument("--prompt-tokens", type=int, default=64, metavar="T", help="tokens of each prompt (64)")
+    bench.add_argument("--json", action="store_true", help="one line of JSON")
     return parser
 
 
 def _load(arguments):
-    """The target and its drafter, or None for the drafter where there is none."""
+    """The target, which must have a tokenizer, and its drafter, or None where there is none."""
     target = load(arguments.model, arguments.backend, arguments.dtype, arguments.keep)
-    if arguments.draft == "none" or (arguments.draft == "auto" and find_drafter(target) is None):
+    if target.tokenizer is None:
+        raise CheckpointError(f"{target.folder} has no tokenizer.json")
+    if arguments.draft == "none":
+        return target, None
+    if arguments.draft == "auto" and find_drafter(target) is None:
+        print(f"no drafter beside {target.folder}: one token a pass", file=sys.stderr)
         return target, None
     return target, load_drafter(arguments.draft, target, arguments.keep)
 
 
-# run
+def _generation(arguments, drafter, sampling, target, length):
+    """The arguments of generate that run and chat share."""
+    return {
+        "drafter": drafter,
+        "num_draft": arguments.num_draft,
+        "rule": arguments.rule,
+        "sampling": sampling,
+        "max_new_tokens": length if arguments.max_new_tokens is None else arguments.max_new_tokens,
+        "stop": target.stop_ids,
+        "seed": arguments.seed,
+    }
+
+
+# run and chat
 
 
 def run_command(arguments):
     """Continue a prompt, streaming."""
-    sampling = Sampling(arguments.temp, arguments.top_k, arguments.top_p, arguments.min_p)
     prompt = _prompt(arguments)
     target, drafter = _load(arguments)
-    if target.tokenizer is None:
-        raise CheckpointError(f"{target.folder} has no tokenizer.json")
-    prompt_ids = target.tokenizer.encode(prompt)
-    steps = generate(
-        target,
-        prompt_ids,
-        drafter,
-        num_draft=arguments.num_draft,
-        rule=arguments.rule,
-        sampling=sampling,
-        max_new_tokens=arguments.max_new_tokens,
-        stop=target.stop_ids,
-        seed=arguments.seed,
-    )
-    if drafter is None and arguments.draft == "auto":
-        print("no drafter beside the model: one token a pass", file=sys.stderr)
-    seen = []
-    try:
-        for step in _shown(steps, target.tokenizer, arguments):
-            seen.append(step)
-    finally:
-        if seen:
-            summary = summarize(seen)
-            print(json.dumps(summary) if arguments.json else _closing_line(summary), file=sys.stderr)
+    suppress = target.generation_config.get("suppress_tokens") or ()
+    sampling = Sampling(arguments.temp or 0.0, arguments.top_k, arguments.top_p, arguments.min_p, suppress)
+    options = _generation(arguments, drafter, sampling, target, length=128)
+    _show_steps(generate(target, target.tokenizer.encode(prompt), **options), target.tokenizer, arguments)
 
 
 def _prompt(arguments):
@@ -125,6 +133,52 @@ def _prompt(arguments):
     if arguments.prompt is None and arguments.model != BUNDLED:
         raise ValueError("no prompt: give one, or - to read standard input")
     return PROMPT if arguments.prompt is None else arguments.prompt
+
+
+def chat_command(arguments):
+    """Answer what is typed (or piped in), line by line, until the end of input."""
+    target, drafter = _load(arguments)
+    asked = {
+        "temperature": arguments.temp,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "min_p": arguments.min_p,
+    }
+    sampling, ignored = recommended(target.generation_config, **asked)
+    if ignored:
+        print(f"generation_config.json: not honoured: {', '.join(ignored)}", file=sys.stderr)
+    thinking = {} if arguments.think is None else {"enable_thinking": arguments.think}
+    conversation = Conversation(target, arguments.system, **thinking)
+    options = _generation(arguments, drafter, sampling, target, length=1024)
+    while (line := _read_line()) not in (None, "/exit"):
+        options["seed"] += 1  # the same numbers again would tie one answer to the next
+        if line == "/reset":
+            conversation.reset()
+        elif line:
+            try:
+                _show_steps(conversation.ask(line, **options), target.tokenizer, arguments)
+            except KeyboardInterrupt:  # ends this answer, not the conversation
+                print(file=sys.stderr)
+
+
+def _read_line():
+    """The next line of input, None at its end."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _show_steps(steps, tokenizer, arguments):
+    """Show the steps as asked, and what they came to on standard error, also where they are interrupted."""
+    seen = []
+    try:
+        for step in _shown(steps, tokenizer, arguments):
+            seen.append(step)
+    finally:
+        if seen:
+            summary = summarize(seen)
+            print(json.dumps(summary) if arguments.json else _closing_line(summary), file=sys.stderr)
 
 
 def _shown(steps, tokenizer, arguments):
@@ -190,22 +244,6 @@ def trace_line(number, step, tokenizer, colours=False):
     return f"{number:4} {step.accepted}/{step.drafted}  " + " ".join(parts)
 
 
-def summarize(steps):
-    """What a run came to, as a JSON-able dict. acceptance[i]: the share of rounds that kept i + 1 tokens, of those that
-    drafted as many.
-    """
-    tokens, seconds = sum(len(step.tokens) for step in steps), sum(step.seconds for step in steps)
-    depth = max(step.drafted for step in steps)
-    rounds = [[step for step in steps if step.drafted > i] for i in range(depth)]
-    return {
-        "tokens": tokens,
-        "passes": len(steps),
-        "tokens_per_pass": tokens / len(steps),
-        "acceptance": [sum(step.accepted > i for step in some) / len(some) for i, some in enumerate(rounds)],
-        "seconds": seconds,
-    }
-
-
 def _closing_line(summary):
     kept = " ".join(f"{share:.0%}" for share in summary["acceptance"])
     return (
@@ -219,134 +257,85 @@ def _closing_line(summary):
 
 
 def show_command(arguments):
-    """Print what a checkpoint's configuration says, and what that costs."""
-    checkpoint, family, config = open_model(arguments.model)
+    """Print what a configuration says, and what that costs."""
     if arguments.context is not None and arguments.context < 1:
         raise ValueError(f"--context must be at least 1, got {arguments.context}")
-    report = describe(checkpoint, family, config, arguments.context or config.max_position_embeddings)
+    if arguments.config:
+        family, config = published_config(arguments.config)
+        name, stored = arguments.config, {}
+    else:
+        checkpoint, family, config = open_model(arguments.model)
+        name, stored = str(checkpoint.folder), {}
+        for tensor in checkpoint.tensors.values():
+            stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.data.size
+    report = {"model": name, **memory.describe(config, family.tensors(config), arguments.context)}
+    if stored:
+        report["stored_bytes"] = {**stored, "total": sum(stored.values())}
     print(json.dumps(report) if arguments.json else _report_text(report))
 
 
-def describe(checkpoint, family, config, context):
-    """Layer plan, parameters, stored bytes, and float32 KV bytes at a context, as a JSON-able dict."""
-    plans = {}
-    for index, layer in enumerate(config.layers):
-        plan = {"kind": layer.kind, "heads": layer.heads, "kv_heads": layer.kv_heads, "head_dim": layer.head_dim}
-        plan |= {"k_eq_v": layer.k_eq_v, "intermediate_size": layer.intermediate_size, "own_kv": layer.owns_kv}
-        plans.setdefault(tuple(plan.items()), (plan, []))[1].append(index)
-    stored = {}
-    for tensor in checkpoint.tensors.values():
-        stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.data.size
-    return {
-        "model": str(checkpoint.folder),
-        "model_type": checkpoint.config["model_type"],
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "sliding_window": config.sliding_window,
-        "layers": [{**plan, "at": at} for plan, at in plans.values()],
-        "parameters": memory.parameters(family.tensors(config)),
-        "stored_bytes": {**stored, "total": sum(stored.values())},
-        "context": context,
-        "kv_bytes": memory.kv_bytes(config, context, itemsize=4),
-    }
-
-
 def _report_text(report):
+    experts, kv = report["experts"], report["kv"]
     lines = [
-        f"{report['model']}: {report['model_type']}",
+        report["model"],
         f"hidden size {report['hidden_size']}, vocabulary {report['vocab_size']}, "
         f"context {report['max_position_embeddings']}, sliding window {report['sliding_window']}",
-        "",
-        "layers",
     ]
+    if report["per_layer_input"]:
+        lines.append(f"per-layer input of width {report['per_layer_input']}")
+    if experts:
+        lines.append(f"{experts['count']} experts of width {experts['intermediate_size']}, {experts['top_k']} a token")
+    lines += ["", "layers"]
     for plan in report["layers"]:
-        kv = (
-            f"{plan['kv_heads']} kv heads" + (" (k = v)" if plan["k_eq_v"] else "") if plan["own_kv"] else "borrowed kv"
+        own = (
+            f"{plan['kv_heads']} kv heads" + (" (k = v)" if plan["k_eq_v"] else "")
+            if plan["owns_kv"]
+            else "borrowed kv"
         )
-        sizes = f"{plan['heads']} heads, {kv}, of {plan['head_dim']}; feed-forward {plan['intermediate_size']}"
-        lines.append(f"  {len(plan['at']):3} {plan['kind']:8} {sizes}; at {' '.join(map(str, plan['at']))}")
-    for title, key in (("parameters", "parameters"), ("bytes stored, by type", "stored_bytes")):
-        lines += ["", title, *(f"  {name:12} {count:>16,}" for name, count in report[key].items())]
-    if report["kv_bytes"]:
-        lines += ["", f"bytes of float32 KV at {report['context']} tokens"]
-        lines += [f"  {kind:12} {count:>16,}" for kind, count in report["kv_bytes"].items()]
+        sizes = f"{plan['heads']} heads, {own}, of {plan['head_dim']}; feed-forward {plan['intermediate_size']}"
+        lines.append(f"  {len(plan['at']):3} {plan['kind']:8} {sizes}; at {_ranges(plan['at'])}")
+    lines += _table("parameters", report["parameters"])
+    lines += _table("bytes in a published format", report["bytes"])
+    if "stored_bytes" in report:
+        lines += _table("bytes stored here, by type", report["stored_bytes"])
+    if kv["bytes"]:
+        lines += _table(f"bytes of KV a token, {kv['itemsize']} bytes a number", kv["bytes_per_token"])
+        lines += _table(f"bytes of KV at {kv['context']} tokens", kv["bytes"])
     return "\n".join(lines)
+
+
+def _table(title, rows):
+    return ["", title, *(f"  {name:16} {count:>18,}" for name, count in rows.items())]
+
+
+def _ranges(numbers):
+    """[0, 1, 2, 5] -> '0-2 5'"""
+    runs = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 # bench
 
 
 def bench_command(arguments):
-    """Measure greedy decoding plain and with drafts on the same prompts in turn, and passes by width."""
+    """Measure decoding on pieces of a text."""
     target, drafter = _load(arguments)
-    prompts = _bench_prompts(arguments, target)
-    plain, drafted, identical = [], [], True
-    for prompt in prompts:
-        plain.append(_decode(target, prompt, None, arguments))
-        if drafter:
-            drafted.append(_decode(target, prompt, drafter, arguments))
-            identical &= _tokens(plain[-1]) == _tokens(drafted[-1])
-    report = {"model": str(target.folder), "prompts": len(prompts), "plain": _rates(plain)}
-    if drafter:
-        report |= {"k": arguments.num_draft, "drafted": _rates(drafted), "identical": identical}
-        report["speedup"] = report["drafted"]["tokens_per_second"] / report["plain"]["tokens_per_second"]
-    report["pass_cost_by_width"] = _pass_costs(target, prompts[0], arguments.num_draft + 1)
-    report["peak_bytes"] = _peak_bytes()
-    print(json.dumps(report) if arguments.json else json.dumps(report, indent=2))
+    prompts = _pieces(arguments, target.tokenizer)
+    length = 128 if arguments.max_new_tokens is None else arguments.max_new_tokens
+    report = measure(target, drafter, prompts, arguments.num_draft, length)
+    print(json.dumps(report, indent=None if arguments.json else 2))
 
 
-def _bench_prompts(arguments, target):
+def _pieces(arguments, tokenizer):
     """Evenly spaced pieces of a text, each of as many tokens."""
     path = Path(arguments.text) if arguments.text else resolve("heldout.txt")
-    if target.tokenizer is None:
-        raise CheckpointError(f"{target.folder} has no tokenizer.json")
-    ids, size = target.tokenizer.encode(path.read_text(encoding="utf-8"), special=False), arguments.prompt_tokens
+    ids, size = tokenizer.encode(path.read_text(encoding="utf-8"), special=False), arguments.prompt_tokens
     if arguments.prompts < 1 or size < 1 or len(ids) < arguments.prompts * size:
         raise ValueError(f"{path} has {len(ids)} tokens, too few for {arguments.prompts} prompts of {size}")
     stride = len(ids) // arguments.prompts
     return [ids[i * stride : i * stride + size] for i in range(arguments.prompts)]
-
-
-def _decode(target, prompt, drafter, arguments):
-    options = {"num_draft": arguments.num_draft, "max_new_tokens": arguments.max_new_tokens}
-    return list(generate(target, prompt, drafter, **options))
-
-
-def _tokens(steps):
-    return [token for step in steps for token in step.tokens]
-
-
-def _rates(runs):
-    """Over all runs together, without the passes that read the prompt; the rate is the median of the runs'."""
-    decoding = [run[1:] for run in runs if len(run) > 1]
-    if not decoding:
-        raise ValueError("nothing was decoded after the prompt: ask for more tokens")
-    summary = summarize([step for run in decoding for step in run])
-    rates = [len(_tokens(run)) / sum(step.seconds for step in run) for run in decoding]
-    return {**summary, "tokens_per_second": median(rates)}
-
-
-def _pass_costs(target, prompt, widest, repeats=30):
-    """Time of a pass of each width over that of width 1, medians of passes taken in turn after the same prompt."""
-    cache = target.new_cache()
-    target.forward(prompt, cache, last=0)
-    cache.commit()
-    seconds = {width: [] for width in range(1, widest + 1)}
-    for _ in range(repeats):
-        for width, times in seconds.items():
-            start = time.perf_counter()
-            target.forward(prompt[:1] * width, cache)
-            times.append(time.perf_counter() - start)
-            cache.rollback(width)
-    one = median(seconds[1])
-    return {"seconds_of_width_1": one, **{str(width): median(times) / one for width, times in seconds.items()}}
-
-
-def _peak_bytes():
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -65,9 +65,15 @@ class GemmaAssistant:
     target: object
     position: str = "bonus"
     window_edge: str = "inclusive"
+    unchosen: str = "transformers"
 
     def __post_init__(self):
-        for name, known in (("position", ("bonus", "committed")), ("window_edge", ("inclusive", "exclusive"))):
+        edges, positions = ("inclusive", "exclusive"), ("bonus", "committed")
+        for name, known in (
+            ("position", positions),
+            ("window_edge", edges),
+            ("unchosen", tuple(gemma4_assistant.UNCHOSEN)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
 
@@ -75,7 +81,7 @@ class GemmaAssistant:
         """One step after `token` -> (logits [V], hidden [D] to feed back)."""
         embedded_D = self.target.embed([token])[0]
         lent = gemma4.lendable_kv(self.target.config, cache)
-        options = self.position, self.window_edge
+        options = self.position, self.window_edge, self.unchosen
         return gemma4_assistant.step(self.params, self.config, embedded_D, hidden_D, lent, cache.length, *options)
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):

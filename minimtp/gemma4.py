@@ -7,7 +7,7 @@ import numpy as np
 
 from .backend import array_module, gather, matmul, one_blas_thread
 from .cache import Cache, FullKV, SlidingKV
-from .checkpoint import CheckpointError, config_value
+from .checkpoint import CheckpointError, config_value, show
 from .layers import (
     Output,
     Taps,
@@ -18,18 +18,21 @@ from .layers import (
     rope_table,
     rotate,
     softcap,
+    softmax,
     token_ids,
 )
 
-MODEL_TYPES = ("gemma4", "gemma4_text")
-TOWERS = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
+MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+TOWERS = ("vision_tower.", "embed_vision.", "vision_embedder.", "audio_tower.", "embed_audio.")
 SKIPPED = tuple(prefix + tower for prefix in ("model.", "") for tower in TOWERS)  # this project reads text only
 
 KINDS = {"sliding_attention": "sliding", "full_attention": "full"}
-ROPES = {  # what transformers assumes where a config is silent
+ROPES = {  # what transformers assumes where a config is silent, like the next two
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
+DEFAULTS = {"sliding_window": 512, "max_position_embeddings": 131_072, "hidden_size_per_layer_input": 256}
+UNIFIED_DEFAULTS = {"sliding_window": 1024, "max_position_embeddings": 262_144, "hidden_size_per_layer_input": 0}
 MAX_LAYERS = 1000  # a config that claims more is not believed: a plan and a table are made before any weight is read
 
 
@@ -45,7 +48,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Layer:
-    """The plan of one layer: its kind ("sliding" or "full") and sizes, and which entry of the cache it uses."""
+    """The plan of one layer: its kind ("sliding" or "full"), its sizes, and which entry of the cache it uses."""
 
     kind: str
     heads: int
@@ -54,12 +57,25 @@ class Layer:
     intermediate_size: int
     k_eq_v: bool
     kv: int
-    owns_kv: bool = True
+    owns_kv: bool
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts beside every layer's dense branch: how many, how many a token uses, how wide each is."""
+
+    count: int
+    top_k: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True)
 class Config:
-    """A Gemma 4 text model, in the published field names where there are any."""
+    """A Gemma 4 text model, in the published field names where there are any.
+
+    per_layer_input is the width of per-layer embeddings (0: none); placeholders are the ids that stand for an image
+    or a sound.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -68,56 +84,85 @@ class Config:
     rms_norm_eps: float
     final_logit_softcapping: float | None
     embed_scale: float
+    per_layer_input: int
+    per_layer_scale: float
+    experts: Experts | None
     ropes: dict
     layers: tuple
+    placeholders: dict
 
 
 # Configuration
 
 
 def parse_config(raw):
-    """Config from a published config.json: the outer `gemma4` with its `text_config`, or a bare `gemma4_text`.
+    """Config from a published config.json: outer `gemma4` or `gemma4_unified` with text_config, or the bare text one.
 
     Raises CheckpointError naming a field that is missing, malformed or asks for what is not supported.
     """
     text = raw.get("text_config", raw)
     if not isinstance(text, dict):
         raise CheckpointError("config: text_config is not an object")
+    unified = "unified" in raw.get("model_type", "")
+    text = {**(UNIFIED_DEFAULTS if unified else DEFAULTS), **{k: v for k, v in text.items() if v is not None}}
+    _refuse_unsupported(text)
+    hidden_size = config_value(text, "hidden_size", int)
+    vocab_size = config_value(text, "vocab_size", int)
+    per_layer_input = _size(text, "hidden_size_per_layer_input")
+    if per_layer_input and _size(text, "vocab_size_per_layer_input", 262_144) != vocab_size:
+        raise CheckpointError("config: vocab_size_per_layer_input is not vocab_size")
+    return Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        max_position_embeddings=config_value(text, "max_position_embeddings", int),
+        sliding_window=config_value(text, "sliding_window", int),
+        rms_norm_eps=config_value(text, "rms_norm_eps", float, 1e-6),
+        final_logit_softcapping=config_value(text, "final_logit_softcapping", float, None),
+        embed_scale=math.sqrt(hidden_size),
+        per_layer_input=per_layer_input,
+        per_layer_scale=math.sqrt(per_layer_input),
+        experts=_parse_experts(text),
+        ropes=_parse_ropes(text),
+        layers=tuple(_plan(text)),
+        placeholders=_placeholders(raw, vocab_size),
+    )
+
+
+def _plan(text):
+    """Each layer's plan. The last num_kv_shared_layers use the KV of the last layer of their kind before them."""
     count = config_value(text, "num_hidden_layers", int)
     if count > MAX_LAYERS:
         raise CheckpointError(f"config: num_hidden_layers {count} is more than {MAX_LAYERS}")
     types = _layer_types(text, count)
+    first_shared = count - _size(text, "num_kv_shared_layers")
+    if first_shared < 0:
+        raise CheckpointError(f"config: num_kv_shared_layers {count - first_shared} of {count} layers")
     heads = config_value(text, "num_attention_heads", int)
     k_eq_v = config_value(text, "attention_k_eq_v", bool, False)
     intermediate = config_value(text, "intermediate_size", int)
-    layers = []
+    wide = config_value(text, "use_double_wide_mlp", bool, False) and first_shared > 0
+    lenders = {}
     for i, kind in enumerate(types):
         kv_heads, head_dim = _attention_sizes(text, i, kind, k_eq_v)
         if heads % kv_heads or head_dim % 2:
             raise CheckpointError(
                 f"config: layer {i} cannot have {heads} heads, {kv_heads} kv heads of width {head_dim}"
             )
-        layers.append(Layer(kind, heads, kv_heads, head_dim, intermediate, k_eq_v and kind == "full", kv=i))
-    _refuse_unsupported(text)
-    hidden_size = config_value(text, "hidden_size", int)
-    return Config(
-        vocab_size=config_value(text, "vocab_size", int),
-        hidden_size=hidden_size,
-        max_position_embeddings=config_value(text, "max_position_embeddings", int, 131_072),
-        sliding_window=config_value(text, "sliding_window", int, 512),
-        rms_norm_eps=config_value(text, "rms_norm_eps", float, 1e-6),
-        final_logit_softcapping=config_value(text, "final_logit_softcapping", float, None),
-        embed_scale=math.sqrt(hidden_size),
-        ropes=_parse_ropes(text),
-        layers=tuple(layers),
-    )
+        owns_kv = i < first_shared
+        if owns_kv:
+            lenders[kind] = i, (kv_heads, head_dim)
+        elif first_shared and lenders.get(kind, (0, None))[1] != (kv_heads, head_dim):
+            raise CheckpointError(f"config: layer {i} shares KV, and no {kind} layer before it has its shape")
+        width = intermediate * (2 if wide and not owns_kv else 1)
+        kv = lenders[kind][0] if kind in lenders else i
+        yield Layer(kind, heads, kv_heads, head_dim, width, k_eq_v and kind == "full", kv, owns_kv)
 
 
 def _layer_types(text, count):
     types = config_value(text, "layer_types", list, None)
     if types is None:  # transformers' default pattern
         types = ["full_attention" if (i + 1) % 6 == 0 or i == count - 1 else "sliding_attention" for i in range(count)]
-    if len(types) != count or any(kind not in KINDS for kind in types):
+    if len(types) != count or any(not isinstance(kind, str) or kind not in KINDS for kind in types):
         raise CheckpointError(f"config: layer_types must name {count} layers, each one of {', '.join(KINDS)}")
     if types[-1] != "full_attention":
         raise CheckpointError("config: the last of layer_types must be full_attention")
@@ -132,7 +177,7 @@ def _attention_sizes(text, index, kind, k_eq_v):
     if overrides is not None:
         layer = overrides.get(str(index), {})
         if not isinstance(layer, dict) or set(layer) - {"head_dim", "num_key_value_heads"}:
-            raise CheckpointError(f"config: per_layer_config of layer {index} has unsupported content: {layer}")
+            raise CheckpointError(f"config: per_layer_config of layer {index} has unsupported content: {show(layer)}")
         return config_value(layer, "num_key_value_heads", int, kv_heads), config_value(layer, "head_dim", int, head_dim)
     if kind == "sliding":
         return kv_heads, head_dim
@@ -140,15 +185,28 @@ def _attention_sizes(text, index, kind, k_eq_v):
     return global_kv_heads or kv_heads, config_value(text, "global_head_dim", int, 512)
 
 
+def _parse_experts(text):
+    if not config_value(text, "enable_moe_block", bool, False):
+        return None
+    names = ("num_experts", "top_k_experts", "moe_intermediate_size")
+    experts = Experts(*(config_value(text, name, int) for name in names))
+    if experts.top_k > experts.count:
+        raise CheckpointError(f"config: top_k_experts {experts.top_k} of {experts.count} experts")
+    return experts
+
+
 def _parse_ropes(text):
     ropes = config_value(text, "rope_parameters", dict, ROPES)
-    return {short: _parse_rope(config_value(ropes, kind, dict), kind) for kind, short in KINDS.items() if kind in ropes}
+    used = text.get("layer_types") or KINDS
+    return {short: _parse_rope(config_value(ropes, kind, dict), kind) for kind, short in KINDS.items() if kind in used}
 
 
 def _parse_rope(rope, kind):
-    name = rope.get("rope_type", "default")
+    name = config_value(rope, "rope_type", str, "default")
     if name not in ("default", "proportional"):
-        raise CheckpointError(f"config: rope_type {name!r} of {kind} is not supported (default and proportional are)")
+        raise CheckpointError(
+            f"config: rope_type {show(name)} of {kind} is not supported (default and proportional are)"
+        )
     known = {"rope_type", "rope_theta"} | ({"partial_rotary_factor", "factor"} if name == "proportional" else set())
     if unknown := set(rope) - known:
         raise CheckpointError(f"config: rope field {min(unknown)!r} of {kind} is not supported with rope_type {name!r}")
@@ -158,23 +216,28 @@ def _parse_rope(rope, kind):
     return Rope(name, config_value(rope, "rope_theta", float), fraction, config_value(rope, "factor", float, 1.0))
 
 
+def _size(table, name, default=0):
+    """A size that may be 0."""
+    return 0 if table.get(name) == 0 else config_value(table, name, int, default)
+
+
+def _placeholders(raw, vocab_size):
+    names = {"image_token_id": "an image", "video_token_id": "a video", "audio_token_id": "a sound"}
+    ids = {config_value(raw, name, int, None): meaning for name, meaning in names.items()}
+    return {token: meaning for token, meaning in ids.items() if token is not None and token < vocab_size}
+
+
 def _refuse_unsupported(text):
     """One sentence for every field that would change the numbers and that this forward does not know."""
     only = {
-        "hidden_size_per_layer_input": (0, None),
-        "num_kv_shared_layers": (0, None),
-        "enable_moe_block": (False,),
-        "use_double_wide_mlp": (False,),
-        "attention_bias": (False,),
+        "attention_bias": (False, None),
         "use_bidirectional_attention": ("vision", None),  # concerns image tokens only
-        "hidden_activation": ("gelu_pytorch_tanh",),
-        "tie_word_embeddings": (True,),
+        "hidden_activation": ("gelu_pytorch_tanh", None),
+        "tie_word_embeddings": (True, None),
     }
-    assumed = {"hidden_size_per_layer_input": 256}  # transformers' default where a config is silent
     for name, values in only.items():
-        value = text.get(name, assumed.get(name, values[0]))
-        if value not in values:
-            raise CheckpointError(f"config: {name} {value!r} is not supported")
+        if text.get(name) not in values:
+            raise CheckpointError(f"config: {name} {show(text[name])} is not supported")
 
 
 # Tensors
@@ -183,36 +246,55 @@ def _refuse_unsupported(text):
 def tensors(config):
     """Every tensor of the model: its place in the parameters -> (published name, shape, kind).
 
-    A "linear" or "embedding" may be stored quantized; a "vector" is small and always unpacked.
+    A "linear" or "embedding" may be stored quantized, "experts" in one tensor or one for each; a "vector" is small
+    and always unpacked; an "unused" one may be absent.
     """
-    D = config.hidden_size
+    D, L, P = config.hidden_size, len(config.layers), config.per_layer_input
     table = {"embed_tokens": ("model.embed_tokens.weight", (config.vocab_size, D), "embedding")}
+    if P:
+        table["embed_tokens_per_layer"] = (
+            "model.embed_tokens_per_layer.weight",
+            (config.vocab_size, L * P),
+            "embedding",
+        )
+        table["per_layer_model_projection"] = ("model.per_layer_model_projection.weight", (L * P, D), "linear")
+        table["per_layer_projection_norm"] = ("model.per_layer_projection_norm.weight", (P,), "vector")
     for i, layer in enumerate(config.layers):
-        for name, shape, kind in _layer_tensors(layer, D):
-            table[f"layers.{i}.{name.split('.')[-1]}"] = (
-                f"model.layers.{i}.{name}" + ("" if name == "layer_scalar" else ".weight"),
-                shape,
-                kind,
-            )
+        for name, shape, kind in _layer_tensors(layer, config):
+            place = name.removesuffix(".weight").removeprefix("self_attn.").removeprefix("mlp.").replace(".", "_")
+            table[f"layers.{i}.{place}"] = f"model.layers.{i}.{name}", shape, kind
     table["norm"] = ("model.norm.weight", (D,), "vector")
     return table
 
 
-def _layer_tensors(layer, D):
-    H, G, K, F = layer.heads, layer.kv_heads, layer.head_dim, layer.intermediate_size
+def _layer_tensors(layer, config):
+    D, H, G, K, F = config.hidden_size, layer.heads, layer.kv_heads, layer.head_dim, layer.intermediate_size
     for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-        yield f"{norm}_layernorm", (D,), "vector"
-    yield "self_attn.q_proj", (H * K, D), "linear"
-    yield "self_attn.q_norm", (K,), "vector"
-    if layer.owns_kv:
-        yield "self_attn.k_proj", (G * K, D), "linear"
-        yield "self_attn.k_norm", (K,), "vector"
-        if not layer.k_eq_v:
-            yield "self_attn.v_proj", (G * K, D), "linear"
-    yield "self_attn.o_proj", (D, H * K), "linear"
-    yield "mlp.gate_proj", (F, D), "linear"
-    yield "mlp.up_proj", (F, D), "linear"
-    yield "mlp.down_proj", (D, F), "linear"
+        yield f"{norm}_layernorm.weight", (D,), "vector"
+    yield "self_attn.q_proj.weight", (H * K, D), "linear"
+    yield "self_attn.q_norm.weight", (K,), "vector"
+    used = layer.owns_kv  # base checkpoints carry these where KV is shared, too; QAT exports do not
+    yield "self_attn.k_proj.weight", (G * K, D), "linear" if used else "unused"
+    yield "self_attn.k_norm.weight", (K,), "vector" if used else "unused"
+    if not layer.k_eq_v:
+        yield "self_attn.v_proj.weight", (G * K, D), "linear" if used else "unused"
+    yield "self_attn.o_proj.weight", (D, H * K), "linear"
+    yield "mlp.gate_proj.weight", (F, D), "linear"
+    yield "mlp.up_proj.weight", (F, D), "linear"
+    yield "mlp.down_proj.weight", (D, F), "linear"
+    if config.per_layer_input:
+        yield "per_layer_input_gate.weight", (config.per_layer_input, D), "linear"
+        yield "per_layer_projection.weight", (D, config.per_layer_input), "linear"
+        yield "post_per_layer_input_norm.weight", (D,), "vector"
+    if config.experts:
+        E, I = config.experts.count, config.experts.intermediate_size
+        yield "router.proj.weight", (E, D), "linear"
+        yield "router.scale", (D,), "vector"
+        yield "router.per_expert_scale", (E,), "vector"
+        yield "experts.gate_up_proj", (E, 2 * I, D), "experts"
+        yield "experts.down_proj", (E, D, I), "experts"
+        for norm in ("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"):
+            yield f"{norm}.weight", (D,), "vector"
     yield "layer_scalar", (1,), "vector"
 
 
@@ -232,24 +314,75 @@ def attention(x_TD, w, layer, eps, rope, kv, span):
     return matmul(o_THK.reshape(len(x_TD), -1), w.o_proj)
 
 
-def mlp(x_TD, w):
+def mlp(x_TD, gate_proj, up_proj, down_proj):
     """Gated GELU feed-forward -> [T, D]."""
-    return matmul(gelu(matmul(x_TD, w.gate_proj)) * matmul(x_TD, w.up_proj), w.down_proj)
+    return matmul(gelu(matmul(x_TD, gate_proj)) * matmul(x_TD, up_proj), down_proj)
 
 
-def decoder_layer(x_TD, w, layer, eps, rope, kv, span, tap):
-    """One layer -> [T, D]: attention and feed-forward, each normed before and after, and the whole scaled."""
+def route(x_TD, w, top_k, eps):
+    """Which experts each token uses, best first, and with what weight -> (chosen [T, k], weights [T, k])."""
+    scaled_TD = rms_norm(x_TD, eps=eps) * w.router_scale * x_TD.dtype.type(x_TD.shape[1] ** -0.5)
+    p_TE = softmax(matmul(scaled_TD, w.router_proj))
+    chosen_TX = np.argsort(-p_TE, axis=-1, kind="stable")[:, :top_k]
+    weights_TX = np.take_along_axis(p_TE, chosen_TX, axis=-1)
+    weights_TX = weights_TX / weights_TX.sum(-1, keepdims=True)
+    return chosen_TX, weights_TX * w.router_per_expert_scale[chosen_TX]
+
+
+def mixture(x_TD, chosen_TX, weights_TX, w):
+    """Weighted sum of each token's experts -> [T, D].
+
+    Every expert that any token chose is read once, for all of them: a pass pays for the union. A token's sum runs in
+    the order of the experts' numbers whoever shares the pass, so its bits do not depend on the others.
+    """
+    out_TD = np.zeros_like(x_TD)
+    for expert in np.unique(chosen_TX):
+        t, place = np.nonzero(chosen_TX == expert)
+        y_tD = mlp(x_TD[t], w.experts_gate_proj[expert], w.experts_up_proj[expert], w.experts_down_proj[expert])
+        out_TD[t] += y_tD * weights_TX[t, place, None]
+    return out_TD
+
+
+def feed_forward(x_TD, w, config, tap):
+    """The layer's dense branch and, where there are experts, their mixture beside it -> [T, D]; x is the residual."""
+    eps = config.rms_norm_eps
+    dense_TD = mlp(rms_norm(x_TD, w.pre_feedforward_layernorm, eps), w.gate_proj, w.up_proj, w.down_proj)
+    if config.experts is None:
+        return dense_TD
+    chosen_TX, weights_TX = route(x_TD, w, config.experts.top_k, eps)
+    tap("experts", chosen_TX)
+    mixed_TD = mixture(rms_norm(x_TD, w.pre_feedforward_layernorm_2, eps), chosen_TX, weights_TX, w)
+    return rms_norm(dense_TD, w.post_feedforward_layernorm_1, eps) + rms_norm(
+        mixed_TD, w.post_feedforward_layernorm_2, eps
+    )
+
+
+def decoder_layer(x_TD, w, layer, config, rope, kv, span, tap, per_layer_TP=None):
+    """One layer -> [T, D]: attention and feed-forward, each normed before and after; per-layer input; a scale."""
+    eps = config.rms_norm_eps
     tap("in", x_TD)
     a_TD = tap("attn", attention(rms_norm(x_TD, w.input_layernorm, eps), w, layer, eps, rope, kv, span))
     x_TD = x_TD + rms_norm(a_TD, w.post_attention_layernorm, eps)
-    m_TD = tap("mlp", mlp(rms_norm(x_TD, w.pre_feedforward_layernorm, eps), w))
+    m_TD = tap("mlp", feed_forward(x_TD, w, config, tap))
     x_TD = x_TD + rms_norm(m_TD, w.post_feedforward_layernorm, eps)
+    if per_layer_TP is not None:
+        gated_TP = gelu(matmul(x_TD, w.per_layer_input_gate)) * per_layer_TP
+        x_TD = x_TD + rms_norm(matmul(gated_TP, w.per_layer_projection), w.post_per_layer_input_norm, eps)
     return tap("out", x_TD * w.layer_scalar)
 
 
 def embed(params, config, ids_T, dtype):
     """Scaled embeddings of the tokens -> [T, D]."""
     return gather(params.embed_tokens, ids_T, dtype) * dtype.type(config.embed_scale)
+
+
+def per_layer_inputs(params, config, ids_T, x_TD):
+    """What every layer gets besides the residual, from a table of its own and from the embedding -> [T, L, P]."""
+    shape, dtype = (len(ids_T), len(config.layers), config.per_layer_input), x_TD.dtype
+    table_TLP = gather(params.embed_tokens_per_layer, ids_T, dtype).reshape(shape) * dtype.type(config.per_layer_scale)
+    projected_TD = matmul(x_TD, params.per_layer_model_projection) * dtype.type(config.hidden_size**-0.5)
+    context_TLP = rms_norm(projected_TD.reshape(shape), params.per_layer_projection_norm, config.rms_norm_eps)
+    return (context_TLP + table_TLP) * dtype.type(2**-0.5)
 
 
 def rope_tables(config, positions_T, dtype):
@@ -263,7 +396,7 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
 
     Depends on its arguments alone; the cache afterwards holds the tokens, or is as before where this raises.
     """
-    ids_T = token_ids(ids_T, config.vocab_size)
+    ids_T = token_ids(ids_T, config.vocab_size, config.placeholders)
     tap = Taps(taps, len(config.layers))
     with one_blas_thread(), cache.reading(ids_T) as start:
         positions_T = np.arange(start, start + len(ids_T))
@@ -273,13 +406,15 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
             "full": (np.zeros_like(positions_T), positions_T + 1),
         }
         x_TD = tap("embed", embed(params, config, ids_T, dtype))
+        per_layer_TLP = per_layer_inputs(params, config, ids_T, x_TD) if config.per_layer_input else None
         for i, (layer, w) in enumerate(zip(config.layers, params.layers)):
             kv, rope, span = cache.layers[layer.kv], ropes[layer.kind], spans[layer.kind]
-            x_TD = decoder_layer(x_TD, w, layer, config.rms_norm_eps, rope, kv, span, tap.within(f"layer.{i}"))
+            per_layer_TP = None if per_layer_TLP is None else per_layer_TLP[:, i]
+            x_TD = decoder_layer(x_TD, w, layer, config, rope, kv, span, tap.within(f"layer.{i}"), per_layer_TP)
         hidden_TD = tap("final_norm", rms_norm(x_TD, params.norm, config.rms_norm_eps))
         rows = hidden_TD if last is None else hidden_TD[max(0, len(ids_T) - last) :]
         logits_TV = tap("logits", softcap(matmul(rows, params.embed_tokens), config.final_logit_softcapping))
-    return Output(logits_TV, hidden_TD, dict(tap))
+    return Output(logits_TV, hidden_TD, *tap.collected())
 
 
 def new_cache(config, dtype, capacity, fingerprint, backend):

@@ -9,12 +9,28 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import gemma4
-from .backend import matmul, one_blas_thread
+from .backend import gather, matmul, one_blas_thread
 from .checkpoint import CheckpointError, config_value
 from .layers import no_tap, rms_norm
 
-MODEL_TYPES = ("gemma4_assistant",)
+MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 SKIPPED = ()
+
+# What the logits of tokens outside the chosen clusters become, by the engine that does it; "none" skips the clusters.
+UNCHOSEN = {
+    "transformers": lambda chosen: chosen.min() - 1,  # and mlx-vlm
+    "vllm": lambda chosen: np.finfo(chosen.dtype).min,
+    "sglang": lambda chosen: np.finfo(chosen.dtype).min / 2,
+    "none": None,  # llama.cpp: the whole vocabulary is scored
+}
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The head of E2B and E4B: `count` centroids of equal clusters of the vocabulary; the best are scored."""
+
+    count: int
+    top_k: int
 
 
 @dataclass(frozen=True)
@@ -23,6 +39,7 @@ class Config:
 
     text: gemma4.Config
     backbone_hidden_size: int
+    clusters: Clusters | None
 
     def __getattr__(self, name):  # hidden_size, layers and the rest are the text model's
         return getattr(self.text, name)
@@ -34,11 +51,21 @@ def parse_config(raw):
     count = config_value(text, "num_hidden_layers", int)
     if config_value(text, "num_kv_shared_layers", int, count) != count:
         raise CheckpointError("config: an assistant's num_kv_shared_layers must be all of its layers")
-    if config_value(raw, "use_ordered_embeddings", bool, False):
-        raise CheckpointError("config: use_ordered_embeddings True is not supported")
-    config = gemma4.parse_config({**text, "num_kv_shared_layers": 0})
+    config = gemma4.parse_config({**text, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 0})
+    for name, value in (("hidden_size_per_layer_input", config.per_layer_input), ("enable_moe_block", config.experts)):
+        if value:
+            raise CheckpointError(f"config: an assistant cannot have {name}")
     layers = tuple(replace(layer, owns_kv=False) for layer in config.layers)
-    return Config(replace(config, layers=layers), config_value(raw, "backbone_hidden_size", int))
+    clusters = None
+    if config_value(raw, "use_ordered_embeddings", bool, False):
+        centroids, top_k = (
+            config_value(raw, name, int, default)
+            for name, default in (("num_centroids", 2048), ("centroid_intermediate_top_k", 32))
+        )
+        if config.vocab_size % centroids or top_k > centroids:
+            raise CheckpointError(f"config: {centroids} centroids, {top_k} chosen, for {config.vocab_size} tokens")
+        clusters = Clusters(centroids, top_k)
+    return Config(replace(config, layers=layers), config_value(raw, "backbone_hidden_size", int), clusters)
 
 
 def check_fits(config, target):
@@ -60,24 +87,36 @@ def check_fits(config, target):
 
 
 def tensors(config):
-    """Every tensor of the assistant, as in gemma4.tensors."""
+    """Every tensor of the assistant, as in gemma4.tensors. It has no keys or values, and no place for any."""
     d, B = config.text.hidden_size, config.backbone_hidden_size
-    return {
-        **gemma4.tensors(config.text),
-        "pre_projection": ("pre_projection.weight", (d, 2 * B), "linear"),
-        "post_projection": ("post_projection.weight", (B, d), "linear"),
-    }
+    table = {place: spec for place, spec in gemma4.tensors(config.text).items() if spec[2] != "unused"}
+    table["pre_projection"] = ("pre_projection.weight", (d, 2 * B), "linear")
+    table["post_projection"] = ("post_projection.weight", (B, d), "linear")
+    if config.clusters:
+        table["centroids"] = ("masked_embedding.centroids.weight", (config.clusters.count, d), "linear")
+        table["token_ordering"] = ("masked_embedding.token_ordering", (config.vocab_size,), "permutation")
+    return table
 
 
-def step(params, config, embedded_B, hidden_B, lent, length, position="bonus", window_edge="inclusive"):
+def step(
+    params,
+    config,
+    embedded_B,
+    hidden_B,
+    lent,
+    length,
+    position="bonus",
+    window_edge="inclusive",
+    unchosen="transformers",
+):
     """One draft step -> (logits [V], hidden [B] to feed back).
 
     embedded_B: the last token in the target's scaled embedding; hidden_B: the target's hidden state after its final
     norm, or what the step before returned; lent: the target's KV by layer kind, of which the first `length` positions
-    count. The query's position is the same in every step of a round, and engines disagree about it: "bonus" is the
-    last token's own (transformers, llama.cpp), "committed" the one before (vLLM, SGLang, mlx-vlm). So is the edge of
-    the sliding window: "inclusive" shows window + 1 keys (transformers), "exclusive" those at distance < window from
-    the query (llama.cpp, mlx-vlm).
+    count. Three things that engines do differently are options. position, the query's, the same in every step of a
+    round: "bonus" is the last token's own (transformers, llama.cpp), "committed" the one before (vLLM, SGLang,
+    mlx-vlm). window_edge: "inclusive" shows sliding layers window + 1 keys (transformers), "exclusive" those at
+    distance < window from the query (llama.cpp, mlx-vlm). unchosen: see UNCHOSEN.
     """
     text, dtype = config.text, hidden_B.dtype
     at = length if position == "bonus" else length - 1
@@ -89,6 +128,19 @@ def step(params, config, embedded_B, hidden_B, lent, length, position="bonus", w
         x_TD = matmul(np.concatenate([embedded_B, hidden_B])[None], params.pre_projection)
         for layer, w in zip(text.layers, params.layers):
             kv, rope, span = lent[layer.kind], ropes[layer.kind], spans[layer.kind]
-            x_TD = gemma4.decoder_layer(x_TD, w, layer, text.rms_norm_eps, rope, kv, span, no_tap)
+            x_TD = gemma4.decoder_layer(x_TD, w, layer, text, rope, kv, span, no_tap)
         x_TD = rms_norm(x_TD, params.norm, text.rms_norm_eps)
-        return matmul(x_TD, params.embed_tokens)[0], matmul(x_TD, params.post_projection)[0]
+        return head(x_TD, params, config, unchosen)[0], matmul(x_TD, params.post_projection)[0]
+
+
+def head(x_1D, params, config, unchosen):
+    """Logits [1, V], without a soft cap: of every token, or only of those in the clusters that score best."""
+    if config.clusters is None or unchosen == "none":
+        return matmul(x_1D, params.embed_tokens)
+    scores_C = matmul(x_1D, params.centroids)[0]
+    best = np.argsort(-scores_C, kind="stable")[: config.clusters.top_k]
+    ids = params.token_ordering.reshape(config.clusters.count, -1)[best].ravel()
+    chosen = matmul(x_1D, gather(params.embed_tokens, ids, x_1D.dtype))[0]
+    logits_V = np.full(config.vocab_size, UNCHOSEN[unchosen](chosen), x_1D.dtype)
+    logits_V[ids] = chosen
+    return logits_V[None]

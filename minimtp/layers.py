@@ -14,25 +14,28 @@ ATTEND_ELEMENTS = 1 << 24  # scores held at a time in a wide pass
 
 
 class Output(NamedTuple):
-    """What a forward pass returns: logits [rows asked for, V], hidden after the final norm [T, D], named taps."""
+    """What a forward pass returns: logits [rows asked for, V], hidden after the final norm [T, D], named taps.
+
+    experts_read counts the experts that the pass had to read, over all layers: the union of its tokens' choices.
+    """
 
     logits_TV: np.ndarray
     hidden_TD: np.ndarray
     taps: dict
+    experts_read: int = 0
 
 
-class Taps(dict):
-    """Intermediate values by name; called with a value, it keeps a copy if the name was asked for."""
+class Taps:
+    """Watches a pass: called with a name and a value, keeps a copy of the value if the name was asked for."""
+
+    PARTS = ("in", "attn", "mlp", "experts", "out")
 
     def __init__(self, wanted, layers):
-        super().__init__()
-        parts = ("in", "attn", "mlp", "out")
-        known = {"embed", "final_norm", "logits", *(f"layer.{i}.{part}" for i in range(layers) for part in parts)}
+        known = {"embed", "final_norm", "logits", *(f"layer.{i}.{part}" for i in range(layers) for part in self.PARTS)}
         if unknown := set(wanted) - known:
-            raise ValueError(
-                f"unknown tap {min(unknown)!r}: expected embed, layer.N.in|attn|mlp|out, final_norm or logits"
-            )
-        self._wanted = frozenset(wanted)
+            parts = "|".join(self.PARTS)
+            raise ValueError(f"unknown tap {min(unknown)!r}: expected embed, layer.N.{parts}, final_norm or logits")
+        self._wanted, self._kept, self._experts_read = frozenset(wanted), {}, 0
 
     def within(self, prefix):
         """The same for names below a prefix."""
@@ -40,8 +43,14 @@ class Taps(dict):
 
     def __call__(self, name, x):
         if name in self._wanted:
-            self[name] = x.copy()
+            self._kept[name] = x.copy()
+        if name.endswith(".experts"):
+            self._experts_read += len(np.unique(x))
         return x
+
+    def collected(self):
+        """(taps, experts read)"""
+        return self._kept, self._experts_read
 
 
 def no_tap(name, x):
@@ -49,8 +58,11 @@ def no_tap(name, x):
     return x
 
 
-def token_ids(ids_T, vocab_size):
-    """The ids as a list of ints. Raises ValueError where one is no token, or there is none."""
+def token_ids(ids_T, vocab_size, placeholders=()):
+    """The ids as a list of ints. Raises ValueError where there is none, or one is no token or a placeholder.
+
+    placeholders: {id: what it stands for} of the tokens whose embedding another tower would provide.
+    """
     ids_T = np.asarray(ids_T)
     if ids_T.ndim != 1 or not ids_T.size:
         raise ValueError(f"expected a non-empty list of token ids, got shape {ids_T.shape}")
@@ -59,7 +71,10 @@ def token_ids(ids_T, vocab_size):
     outside = (ids_T < 0) | (ids_T >= vocab_size)
     if outside.any():
         raise ValueError(f"token id {ids_T[outside][0]} is outside the vocabulary of {vocab_size}")
-    return ids_T.tolist()
+    ids = ids_T.tolist()
+    if media := set(ids).intersection(placeholders):
+        raise ValueError(f"token {min(media)} stands for {placeholders[min(media)]}: only text can be read")
+    return ids
 
 
 def rms_norm(x, weight=None, eps=1e-6):

@@ -15,7 +15,7 @@ from .cache import CacheError
 from .checkpoint import CheckpointError, bf16_to_float, float_to_bf16, open_checkpoint, read_json, show
 from .drafting import GemmaAssistant, PromptLookup
 from .quant import Plain, check_finite, parse_quantization, read_weight
-from .text import Tokenizer, load_tokenizer
+from .text import Tokenizer, load_chat_template, load_tokenizer
 
 TARGETS = (gemma4,)
 DRAFTERS = {gemma4_assistant: GemmaAssistant}
@@ -55,6 +55,10 @@ class Target:
         """Read ids_T after what the cache holds -> layers.Output, with logits of the last `last` rows (None: all)."""
         return self.family.forward(self.params, self.config, ids_T, cache, self.dtype, taps, last)
 
+    def chat_template(self):
+        """The checkpoint's ChatTemplate, or None."""
+        return load_chat_template(self.folder)
+
     def embed(self, ids_T):
         """The tokens' embeddings as the first layer sees them -> [T, D]."""
         return self.family.embed(self.params, self.config, ids_T, self.dtype)
@@ -72,14 +76,19 @@ def open_model(path, role=None):
     role: "target" or "drafter" to insist on one. Raises CheckpointError.
     """
     checkpoint = open_checkpoint(resolve(path))
-    kind = checkpoint.config.get("model_type")
+    return checkpoint, *_parse(checkpoint.config, checkpoint.folder, role)
+
+
+def _parse(config, where, role=None):
+    """(family, configuration) of a config.json."""
+    kind = config.get("model_type")
     for family in (*TARGETS, *DRAFTERS):
         if kind in family.MODEL_TYPES:
             if role not in (None, "drafter" if family in DRAFTERS else "target"):
-                raise CheckpointError(f"{checkpoint.folder}: model type {kind!r} is not a {role}")
-            return checkpoint, family, family.parse_config(checkpoint.config)
+                raise CheckpointError(f"{where}: model type {kind!r} is not a {role}")
+            return family, family.parse_config(config)
     known = ", ".join(name for family in (*TARGETS, *DRAFTERS) for name in family.MODEL_TYPES)
-    raise CheckpointError(f"{checkpoint.folder}: unknown model type {show(kind)}: expected one of {known}")
+    raise CheckpointError(f"{where}: unknown model type {show(kind)}: expected one of {known}")
 
 
 def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact"):
@@ -112,6 +121,14 @@ def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact
         fingerprint=_fingerprint(checkpoint, dtype, embed_scale),
         generation_config=_generation_config(checkpoint.folder),
     )
+
+
+def published_config(name):
+    """(family module, configuration) of a published model by name. Raises ValueError naming those there are."""
+    table = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
+    if name not in table:
+        raise ValueError(f"no published configuration {name!r}: there are {', '.join(table)}")
+    return _parse(table[name], "published.json")
 
 
 def load_drafter(path, target, keep="auto", **options):
@@ -163,16 +180,10 @@ def _read_params(checkpoint, family, config, dtype, keep):
     params = SimpleNamespace(layers=[SimpleNamespace() for _ in config.layers])
     for place, (name, shape, kind) in table.items():
         name = prefix + name.removeprefix("model.") if name.startswith("model.") else name
-        if kind == "vector":
-            weight, names = _read_vector(tensors, name)
-        else:
-            weight, names = read_weight(tensors, name.removesuffix(".weight"), quantization)
-        if weight.shape != shape:
-            raise CheckpointError(f"{checkpoint.folder}: {show(name)} is {list(weight.shape)}, expected {list(shape)}")
-        check_finite(weight)
-        _plant(params, place, weight.dequantize(dtype) if keep == "dense" or kind == "vector" else weight)
-        for used in names:
-            del tensors[used]
+        for at, value in READERS[kind](tensors, place, name, shape, quantization):
+            if not isinstance(value, np.ndarray):
+                value = _unpacked(value, dtype, kind == "vector" or keep == "dense")
+            _plant(params, at, value)
     if tensors:
         more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
         raise CheckpointError(f"{checkpoint.folder}: unknown tensor {show(min(tensors))}{more}")
@@ -194,11 +205,86 @@ def _wanted_tensors(checkpoint, skipped):
     return tensors
 
 
-def _read_vector(tensors, name):
+# Readers of the kinds of tensors that a family's table names: each takes what it reads out of `tensors` and yields
+# (place in the parameters, value).
+
+
+def _read_linear(tensors, place, name, shape, quantization):
+    weight, names = read_weight(tensors, name.removesuffix(".weight"), quantization)
+    _check_shape(name, weight, shape)
+    for used in names:
+        del tensors[used]
+    yield place, weight
+
+
+def _read_vector(tensors, place, name, shape, quantization):
+    raw = _take(tensors, name)
+    weight = Plain(raw.stored(), raw.dtype, raw.name)
+    _check_shape(name, weight, shape)
+    yield place, weight
+
+
+def _read_unused(tensors, place, name, shape, quantization):
+    """A tensor that some exports carry and no layer uses: dropped where it is there, after a look at its shape."""
+    stem = name.removesuffix("weight")
+    if any(key.startswith(stem) for key in tensors):
+        list(_read_linear(tensors, place, name, shape, quantization))
+    yield from ()
+
+
+def _read_permutation(tensors, place, name, shape, quantization):
+    raw = _take(tensors, name)
+    _check_shape(name, raw, shape)
+    if raw.dtype != "I64" or not np.array_equal(np.sort(raw.stored()), np.arange(shape[0])):
+        raise CheckpointError(f"{raw.file}: {show(name)} is not an I64 permutation of 0..{shape[0] - 1}")
+    yield place, raw.stored().copy()
+
+
+def _read_experts(tensors, place, name, shape, quantization):
+    """All experts in one tensor (gate rows before up rows), or one tensor for each -> a list of weights per matrix."""
+    (count, rows, columns), stem = shape, name.rsplit(".", 1)[1]
+    parts = ("gate_proj", "up_proj") if stem == "gate_up_proj" else (stem,)
+    height = rows // len(parts)
+    fused = _take(tensors, name) if name in tensors else None
+    if fused is not None:
+        _check_shape(name, fused, shape)
+    for i, part in enumerate(parts):
+        if fused is not None:
+            split = fused.stored()[:, i * height : (i + 1) * height]
+            weights = [Plain(split[e], fused.dtype, name) for e in range(count)]
+        else:
+            names = (f"{name.removesuffix(stem)}{e}.{part}.weight" for e in range(count))
+            weights = [next(_read_linear(tensors, "", n, (height, columns), quantization))[1] for n in names]
+        yield place.replace(stem, part), weights
+
+
+READERS = {
+    "linear": _read_linear,
+    "embedding": _read_linear,
+    "vector": _read_vector,
+    "experts": _read_experts,
+    "permutation": _read_permutation,
+    "unused": _read_unused,
+}
+
+
+def _take(tensors, name):
     if name not in tensors:
         raise CheckpointError(f"tensor {show(name)} is missing")
-    raw = tensors[name]
-    return Plain(raw.stored(), raw.dtype, raw.name), (name,)
+    return tensors.pop(name)
+
+
+def _check_shape(name, weight, shape):
+    if weight.shape != shape:
+        raise CheckpointError(f"{show(name)} is {list(weight.shape)}, expected {list(shape)}")
+
+
+def _unpacked(weight, dtype, dense):
+    """The weight (or list of them) checked, and as a dense array where asked for."""
+    if isinstance(weight, list):
+        return [_unpacked(one, dtype, dense) for one in weight]
+    check_finite(weight)
+    return weight.dequantize(dtype) if dense else weight
 
 
 def _plant(params, place, value):

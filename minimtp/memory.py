@@ -1,22 +1,81 @@
 """Byte arithmetic from a configuration alone: parameters by component, and what the cache takes."""
 
 import math
+from dataclasses import asdict, replace
 
 COMPONENTS = {  # the last part of a tensor's place -> what it counts as
-    "embed_tokens": "embedding",
+    **dict.fromkeys(("embed_tokens", "centroids"), "embedding"),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention"),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
+    **dict.fromkeys(("experts_gate_up_proj", "experts_down_proj", "router_proj"), "experts"),
+    **dict.fromkeys(("embed_tokens_per_layer", "per_layer_model_projection"), "per-layer input"),
+    **dict.fromkeys(("per_layer_input_gate", "per_layer_projection"), "per-layer input"),
     **dict.fromkeys(("pre_projection", "post_projection"), "projections"),
 }
 
 
 def parameters(table):
-    """Parameters by component and in total, from a family's tensors(config)."""
+    """Parameters by component and in total, from a family's tensors(config), as base checkpoints store them."""
     counts = {}
-    for place, (_, shape, _) in table.items():
-        component = COMPONENTS.get(place.split(".")[-1], "norms")
-        counts[component] = counts.get(component, 0) + math.prod(shape)
+    for place, (_, shape, kind) in table.items():
+        if kind != "permutation":
+            component = COMPONENTS.get(place.split(".")[-1], "norms")
+            counts[component] = counts.get(component, 0) + math.prod(shape)
     return {**counts, "total": sum(counts.values())}
+
+
+# Storage formats as Google publishes them: kind or place of a tensor -> (bytes of a block, its weights).
+FORMATS = {
+    "bf16": {"linear": (2, 1), "embedding": (2, 1), "vector": (2, 1)},
+    "q4_0": {  # GGUF: Q4_0 linears, Q6_K embeddings, what is small in F32, and one table of 256 rotary factors
+        "linear": (18, 32),
+        "embedding": (210, 256),
+        "vector": (4, 1),
+        "router_proj": (4, 1),
+        "per_layer_model_projection": (2, 1),
+        "extra": 1024,
+    },
+    "w4a16-ct": {  # compressed-tensors, bf16 scales; the published files also repeat the embedding as an untied head
+        "linear": (18, 32),
+        "embedding": (2, 1),
+        "vector": (2, 1),
+        "router_proj": (2, 1),
+    },
+}
+
+
+def stored_bytes(table, format):
+    """Bytes of a family's tensors(config) in one of FORMATS, without those that no layer uses."""
+    costs, total = FORMATS[format], FORMATS[format].get("extra", 0)
+    for place, (_, shape, kind) in table.items():
+        if kind == "permutation":
+            total += 8 * math.prod(shape)
+        elif kind != "unused":
+            kind = "linear" if kind == "experts" else kind
+            size, weights = costs.get(place.split(".")[-1], costs[kind])
+            total += math.prod(shape) * size // weights
+    return total
+
+
+def describe(config, table, context, itemsize=4):
+    """Layer plan (layers alike in one row), parameters, bytes by storage format, bytes of KV, as a JSON-able dict."""
+    plans = {}
+    for index, layer in enumerate(config.layers):
+        plans.setdefault(replace(layer, kv=0), []).append(index)
+    context = context or config.max_position_embeddings
+    held, per_token = kv_bytes(config, context, itemsize), kv_bytes(config, 1, itemsize)
+    return {
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "sliding_window": config.sliding_window,
+        "per_layer_input": config.per_layer_input,
+        "experts": asdict(config.experts) if config.experts else None,
+        "layers": [{**asdict(layer), "at": at} for layer, at in plans.items()],
+        "parameters": parameters(table),
+        "bytes": {format: stored_bytes(table, format) for format in FORMATS},
+        "kv": {"context": context, "itemsize": itemsize, "bytes_per_token": per_token, "bytes": held},
+    }
 
 
 def kv_bytes(config, context, itemsize):

@@ -71,6 +71,45 @@ class Sampling:
         return p_TV
 
 
+IGNORED = {  # fields of generation_config.json that say nothing about the law, or what a caller decides
+    *(
+        "_from_model_config",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "transformers_version",
+        "cache_implementation",
+    ),
+    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "max_new_tokens", "max_length"),
+}
+NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "typical_p": 1.0,
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "frequency_penalty": 0.0,
+}
+
+
+def recommended(config, **overrides):
+    """The Sampling that a checkpoint's generation_config.json recommends -> (Sampling, names of fields not honoured).
+
+    overrides: Sampling's own parameters; None leaves the recommendation. do_sample false means temperature 0.
+    ValueError names a parameter out of its range.
+    """
+    fields = {name: config[name] for name in ("temperature", "top_p", "min_p", "presence_penalty") if config.get(name)}
+    if config.get("top_k"):  # 0 is transformers' "no top-k"
+        fields["top_k"] = config["top_k"]
+    if config.get("suppress_tokens"):
+        fields["suppress"] = tuple(config["suppress_tokens"])
+    if config.get("do_sample") is False:
+        fields["temperature"] = 0.0
+    fields |= {name: value for name, value in overrides.items() if value is not None}
+    honoured = {"temperature", "top_k", "top_p", "min_p", "presence_penalty", "suppress_tokens", "do_sample"} | IGNORED
+    unknown = {name for name, value in config.items() if value is not None and NEUTRAL.get(name) != value}
+    return Sampling(**fields), sorted(unknown - honoured)
+
+
 def draw(p_V, u):
     """The token that uniform u in [0, 1) picks from law [V] by inverse CDF: the first with u < cdf, and p > 0.
 

@@ -1,12 +1,14 @@
 """Text to token ids and back: the checkpoint's own tokenizer, and its chat template in a sandbox."""
 
+import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, read_json
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,27 @@ class Tokenizer:
         return lambda id: decoder.step(self.backend, id) or ""
 
 
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A checkpoint's chat template, which says how a conversation is written down. It runs in a sandbox."""
+
+    template: object
+    tokens: dict  # bos_token and the like, which templates name
+
+    def render(self, messages, **options):
+        """Text of a conversation up to where the model's answer begins.
+
+        messages: [{"role": ..., "content": ...}]; options: the template's own, like enable_thinking. Raises ValueError
+        with the template's words where it refuses the messages.
+        """
+        import jinja2
+
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, **self.tokens, **options)
+        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise ValueError(f"chat template: {error}") from None
+
+
 def load_tokenizer(folder, vocab_size):
     """The folder's tokenizer, or None where it has none. Raises CheckpointError if it is broken or too large."""
     path = Path(folder) / "tokenizer.json"
@@ -49,3 +72,46 @@ def load_tokenizer(folder, vocab_size):
     if tokenizer.backend.get_vocab_size() > vocab_size:
         raise CheckpointError(f"{path}: {tokenizer.backend.get_vocab_size()} tokens, the model has {vocab_size}")
     return tokenizer
+
+
+def load_chat_template(folder):
+    """The folder's chat template (chat_template.jinja, else tokenizer_config.json's), or None where it has none.
+
+    Raises CheckpointError where it does not compile.
+    """
+    import jinja2
+
+    config = Path(folder) / "tokenizer_config.json"
+    settings = read_json(config) if config.is_file() else {}
+    path = Path(folder) / "chat_template.jinja"
+    source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    if isinstance(source, list):  # several by name; the conversation's is called "default"
+        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+    if source is None:
+        return None
+    try:
+        template = _environment().from_string(source)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise CheckpointError(f"{folder}: chat template: {error}") from None
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    return ChatTemplate(template, {name: _content(settings[name]) for name in names if settings.get(name)})
+
+
+def _content(token):
+    return token.get("content", "") if isinstance(token, dict) else token
+
+
+def _environment():
+    """Jinja as transformers sets it up for chat templates."""
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment

@@ -1,0 +1,81 @@
+"""What a run came to, and how long passes take."""
+
+import sys
+import time
+from statistics import median
+
+from .generate import generate
+
+
+def summarize(steps):
+    """What a run came to, as a JSON-able dict.
+
+    acceptance[i]: the share of rounds that kept i + 1 tokens, of those that drafted as many.
+    """
+    tokens, seconds = len(tokens_of(steps)), sum(step.seconds for step in steps)
+    depth = max(step.drafted for step in steps)
+    rounds = [[step for step in steps if step.drafted > i] for i in range(depth)]
+    return {
+        "tokens": tokens,
+        "passes": len(steps),
+        "tokens_per_pass": tokens / len(steps),
+        "acceptance": [sum(step.accepted > i for step in some) / len(some) for i, some in enumerate(rounds)],
+        "seconds": seconds,
+    }
+
+
+def tokens_of(steps):
+    """All tokens of the steps, in order."""
+    return [token for step in steps for token in step.tokens]
+
+
+def measure(target, drafter, prompts, num_draft, max_new_tokens):
+    """Greedy decoding, plain and with drafts on the same prompts in turn, and passes by width -> a JSON-able dict."""
+    plain, drafted = [], []
+    for prompt in prompts:
+        plain.append(list(generate(target, prompt, max_new_tokens=max_new_tokens)))
+        if drafter:
+            drafted.append(list(generate(target, prompt, drafter, num_draft, max_new_tokens=max_new_tokens)))
+    report = {"model": str(target.folder), "prompts": len(prompts), "plain": _rates(plain)}
+    if drafter:
+        report |= {"k": num_draft, "drafted": _rates(drafted)}
+        report["identical"] = list(map(tokens_of, plain)) == list(map(tokens_of, drafted))
+        report["speedup"] = report["drafted"]["tokens_per_second"] / report["plain"]["tokens_per_second"]
+    return {**report, "passes": pass_costs(target, prompts[0], num_draft + 1), "peak_bytes": peak_bytes()}
+
+
+def _rates(runs):
+    """All runs together, without the passes that read the prompts; the rate is the median of the runs'."""
+    decoding = [run[1:] for run in runs if len(run) > 1]
+    if not decoding:
+        raise ValueError("nothing was decoded after the prompt: ask for more tokens")
+    summary = summarize([step for run in decoding for step in run])
+    rates = [len(tokens_of(run)) / sum(step.seconds for step in run) for run in decoding]
+    return {**summary, "tokens_per_second": median(rates)}
+
+
+def pass_costs(target, prompt, widest, repeats=30):
+    """Time of passes of each width after the same prompt: medians of passes taken in turn, and over that of width 1."""
+    cache = target.new_cache()
+    target.forward(prompt, cache, last=0)
+    cache.commit()
+    times = {width: [] for width in range(1, widest + 1)}
+    for _ in range(repeats):
+        for width in times:
+            start = time.perf_counter()
+            target.forward(prompt[:1] * width, cache)
+            times[width].append(time.perf_counter() - start)
+            cache.rollback(width)
+    seconds = {width: median(taken) for width, taken in times.items()}
+    cost = {width: taken / seconds[1] for width, taken in seconds.items()}
+    return {"seconds_by_width": seconds, "cost_by_width": cost, "cost_of_verification": cost[widest]}
+
+
+def peak_bytes():
+    """The most memory this process has held resident, or None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,58 @@
+"""A conversation with a model, whose cache is kept between turns."""
+
+from .checkpoint import CheckpointError
+from .generate import generate
+
+
+class Conversation:
+    """The messages so far, and a cache that has read them as far as they are still written the same way.
+
+    template_options go to the chat template (enable_thinking and the like). Raises CheckpointError without a template.
+    """
+
+    def __init__(self, target, system=None, **template_options):
+        self.template = target.chat_template()
+        if self.template is None or target.tokenizer is None:
+            raise CheckpointError(f"{target.folder} has no chat template or no tokenizer.json")
+        self.target, self.system, self.template_options = target, system, template_options
+        self.reset()
+
+    def reset(self):
+        """Forget everything but the system prompt."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self._start_over()
+
+    def ask(self, content, **options):
+        """The model's answer to a message -> an iterator of Steps; options as for generate.
+
+        An answer that is cut short stays in the conversation as far as it came; without any, the question is dropped.
+        """
+        self.messages.append({"role": "user", "content": content})
+        emitted, text = [], ""
+        try:
+            text = self.template.render(self.messages, **self.template_options)
+            for step in generate(self.target, self._unread(text), cache=self.cache, **options):
+                emitted += step.tokens
+                yield step
+        finally:
+            self._take_answer(text, emitted)
+
+    def _unread(self, text):
+        """Ids that the cache has not read; all of them, in a new cache, where the template wrote earlier turns anew."""
+        encode = self.target.tokenizer.encode
+        if self.written and text.startswith(self.written):
+            return [*self.pending, *encode(text[len(self.written) :], special=False)]
+        self._start_over()
+        return encode(text, special=False)
+
+    def _take_answer(self, text, emitted):
+        if not emitted:
+            self.messages.pop()
+            self._start_over()
+            return
+        decode, ended = self.target.tokenizer.decode, emitted[-1] in self.target.stop_ids
+        self.messages.append({"role": "assistant", "content": decode(emitted[: -1 if ended else None], special=True)})
+        self.written, self.pending = text + decode(emitted, special=True), emitted[-1:]
+
+    def _start_over(self):
+        self.cache, self.written, self.pending = self.target.new_cache(), "", []
