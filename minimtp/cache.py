@@ -5,6 +5,7 @@ number of times, down to the last commit, commit() to make everything read so fa
 un-reading needed. A `Cache` is the memories of all layers, the drafter's own entries, and the ids read.
 """
 
+import operator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -65,10 +66,11 @@ class FullKV:
         """Take over a saved state of `length` tokens. Raises CacheError where its shapes are not this memory's."""
         k_GSK, v_GSK = state["k"], state["v"]
         heads, slots, head_dim = self.k_GSK.shape[0], self._slots_for(length), self.k_GSK.shape[2]
-        if k_GSK.shape != v_GSK.shape or k_GSK.shape != (heads, slots, head_dim):
-            raise CacheError(f"saved keys have shape {k_GSK.shape}, expected {(heads, slots, head_dim)}")
-        self.start = length - slots
-        self.length = self.start
+        for saved in (k_GSK, v_GSK):
+            if saved.shape != (heads, slots, head_dim) or saved.dtype != self.k_GSK.dtype:
+                found, wanted = f"{saved.dtype} {saved.shape}", f"{self.k_GSK.dtype} {(heads, slots, head_dim)}"
+                raise CacheError(f"a saved tensor of keys or values is {found}, expected {wanted}")
+        self.start = self.length = self.committed = length - slots
         self.append(k_GSK.swapaxes(0, 1), v_GSK.swapaxes(0, 1))
         self.commit()
 
@@ -119,6 +121,12 @@ class SlidingKV(FullKV):
             self._move(first, self.committed - first + uncommitted + max(SLACK, uncommitted // 2))
 
 
+def _integers(array, size=None):
+    if array.ndim != 1 or array.dtype != np.int64 or size not in (None, len(array)) or (array < 0).any():
+        raise CacheError(f"a saved tensor of ids or lengths is {array.dtype} {array.shape}")
+    return array
+
+
 def _moved(buffer_GSK, held, slots):
     out_GSK = np.empty_like(buffer_GSK, shape=(buffer_GSK.shape[0], slots, buffer_GSK.shape[2]))
     out_GSK[:, : held.stop - held.start] = buffer_GSK[:, held]
@@ -126,8 +134,8 @@ def _moved(buffer_GSK, held, slots):
 
 
 def check_rollback(n, uncommitted):
-    """Raise CacheError unless n tokens can be un-read."""
-    if not 0 <= n <= uncommitted:
+    """Raise CacheError unless n tokens can be un-read, TypeError unless n is an integer."""
+    if not 0 <= operator.index(n) <= uncommitted:
         raise CacheError(f"cannot roll back {n} tokens: {uncommitted} were read since the last commit")
 
 
@@ -166,19 +174,15 @@ class Cache:
         try:
             yield self.length
         except BaseException:
-            for layer in self.layers:
-                layer.rollback(layer.length - self.length)
+            self._cut(self.length)
             raise
         self.tokens.extend(ids_T)
 
     def rollback(self, n):
         """Un-read the last n tokens. Raises CacheError, and changes nothing, past the last commit."""
         check_rollback(n, self.length - self.committed)
-        for layer in self.layers:
-            layer.rollback(n)
+        self._cut(self.length - n)
         del self.tokens[self.length - n :]
-        if self.drafter is not None:
-            self.drafter.rollback(max(0, self.drafter.length - self.length))
 
     def commit(self):
         """Make everything read so far final, and free what only un-reading needed."""
@@ -203,15 +207,20 @@ class Cache:
             raise CacheError(f"{path} is the cache of another model, or of other weights or another dtype")
         arrays = {name: tensor.stored() for name, tensor in tensors.items()}
         try:
-            tokens = arrays.pop("tokens").tolist()
+            tokens = _integers(arrays.pop("tokens")).tolist()
             for name, memory in self._memories().items():
-                length = int(arrays.pop(f"{name}.length")[0])
-                memory.restore({key: arrays.pop(f"{name}.{key}") for key in memory.state()}, length)
+                (length,) = _integers(arrays.pop(f"{name}.length"), size=1)
+                memory.restore({key: arrays.pop(f"{name}.{key}") for key in memory.state()}, int(length))
         except KeyError as missing:
             raise CacheError(f"{path} has no tensor {missing}") from None
         if arrays or len(tokens) > self.capacity or any(layer.length != len(tokens) for layer in self.layers):
             raise CacheError(f"{path} does not hold one sequence of at most {self.capacity} tokens")
         self.tokens, self.committed = tokens, len(tokens)
+
+    def _cut(self, length):
+        """Cut every memory back to that many tokens; after an interruption it can be done again."""
+        for memory in self._memories().values():
+            memory.rollback(max(0, memory.length - length))
 
     def _memories(self):
         named = {f"layers.{i}": layer for i, layer in enumerate(self.layers)}

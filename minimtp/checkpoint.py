@@ -172,9 +172,9 @@ _REQUIRED = object()
 
 
 def config_value(table, key, kind, default=_REQUIRED):
-    """A field of a configuration: a `kind` (int: >= 1, float, bool, str, list, dict); absent or null: the default.
+    """A field of a configuration: a `kind` (int: 1 to 2^31 - 1; float: 1e-30 to 1e30; bool, str, list, dict), or the default.
 
-    Raises CheckpointError naming the field. None as the default makes the field optional.
+    Absent and null are the same. Raises CheckpointError naming the field; without a default it must be there.
     """
     value = table.get(key)
     if value is None:
@@ -182,11 +182,13 @@ def config_value(table, key, kind, default=_REQUIRED):
             raise CheckpointError(f"config: {key} is missing")
         return default
     if kind is float:
-        fits = type(value) in (int, float) and abs(value) < 2**63  # neither NaN nor infinite nor past all floats
+        fits = type(value) in (int, float) and 1e-30 <= value <= 1e30  # nothing here is NaN, below 0, or past float32
     else:
-        fits = type(value) is kind
-    if not fits or (kind is int and value < 1):
-        wanted = {int: "a positive integer", float: "a number", dict: "an object"}.get(kind, f"a {kind.__name__}")
+        fits = type(value) is kind and (kind is not int or 1 <= value < 2**31)
+    if not fits:
+        wanted = {int: "a positive integer", float: "a positive number", dict: "an object"}.get(
+            kind, f"a {kind.__name__}"
+        )
         raise CheckpointError(f"config: {key} is {show(value)}, expected {wanted}")
     return float(value) if kind is float else value
 

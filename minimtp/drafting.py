@@ -3,6 +3,7 @@
 A drafter holds no state of a sequence: what it needs to know of one is in the target's cache.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from .backend import to_host
 from .sampling import draw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draft:
     """Draft tokens and their law: q_KV [K, V] that they were drawn from, or None for point masses (argmax drafts).
 
@@ -25,7 +26,7 @@ class Draft:
     soft_KV: np.ndarray | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "tokens", tuple(int(token) for token in self.tokens))
+        object.__setattr__(self, "tokens", tuple(map(operator.index, self.tokens)))
 
 
 class Drafter(Protocol):
@@ -89,7 +90,7 @@ class GemmaAssistant:
         token, hidden_D, tokens, laws = new_tokens_N[-1], hidden_ND[-1], [], []
         for j in range(num_draft):
             logits_V, hidden_D = self.forward(token, hidden_D, cache)
-            token, law_V = choose(logits_V, sampling, u_K[j])
+            token, law_V = choose(logits_V, sampling, None if sampling.temperature == 0 else u_K[j])
             tokens.append(token)
             laws.append(law_V)
         return Draft(tokens, None if sampling.temperature == 0 or not laws else np.stack(laws))

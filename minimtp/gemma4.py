@@ -100,15 +100,15 @@ def parse_config(raw):
 
     Raises CheckpointError naming a field that is missing, malformed or asks for what is not supported.
     """
-    text = raw.get("text_config", raw)
-    if not isinstance(text, dict):
-        raise CheckpointError("config: text_config is not an object")
-    unified = "unified" in raw.get("model_type", "")
+    outer = raw.get("model_type") in ("gemma4", "gemma4_unified")
+    text = config_value(raw, "text_config", dict) if outer else raw
+    unified = "unified" in str(raw.get("model_type"))
     text = {**(UNIFIED_DEFAULTS if unified else DEFAULTS), **{k: v for k, v in text.items() if v is not None}}
     _refuse_unsupported(text)
     hidden_size = config_value(text, "hidden_size", int)
     vocab_size = config_value(text, "vocab_size", int)
     per_layer_input = _size(text, "hidden_size_per_layer_input")
+    layers = tuple(_plan(text))
     if per_layer_input and _size(text, "vocab_size_per_layer_input", 262_144) != vocab_size:
         raise CheckpointError("config: vocab_size_per_layer_input is not vocab_size")
     return Config(
@@ -122,8 +122,8 @@ def parse_config(raw):
         per_layer_input=per_layer_input,
         per_layer_scale=math.sqrt(per_layer_input),
         experts=_parse_experts(text),
-        ropes=_parse_ropes(text),
-        layers=tuple(_plan(text)),
+        ropes=_parse_ropes(text, {layer.kind for layer in layers}),
+        layers=layers,
         placeholders=_placeholders(raw, vocab_size),
     )
 
@@ -195,14 +195,19 @@ def _parse_experts(text):
     return experts
 
 
-def _parse_ropes(text):
+def _parse_ropes(text, kinds):
     ropes = config_value(text, "rope_parameters", dict, ROPES)
-    used = text.get("layer_types") or KINDS
-    return {short: _parse_rope(config_value(ropes, kind, dict), kind) for kind, short in KINDS.items() if kind in used}
+    names = {kind: name for name, kind in KINDS.items()}
+    return {
+        kind: _parse_rope(config_value(ropes, names[kind], dict), names[kind]) for kind in sorted(kinds, reverse=True)
+    }
 
 
 def _parse_rope(rope, kind):
-    name = config_value(rope, "rope_type", str, "default")
+    def field(name, type, default):
+        return config_value({f"{name} of {kind}": rope.get(name)}, f"{name} of {kind}", type, *default)
+
+    name = field("rope_type", str, ["default"])
     if name not in ("default", "proportional"):
         raise CheckpointError(
             f"config: rope_type {show(name)} of {kind} is not supported (default and proportional are)"
@@ -210,10 +215,10 @@ def _parse_rope(rope, kind):
     known = {"rope_type", "rope_theta"} | ({"partial_rotary_factor", "factor"} if name == "proportional" else set())
     if unknown := set(rope) - known:
         raise CheckpointError(f"config: rope field {min(unknown)!r} of {kind} is not supported with rope_type {name!r}")
-    fraction = config_value(rope, "partial_rotary_factor", float, 1.0)
-    if not 0 <= fraction <= 1:
-        raise CheckpointError(f"config: partial_rotary_factor of {kind} must lie in 0..1, got {fraction}")
-    return Rope(name, config_value(rope, "rope_theta", float), fraction, config_value(rope, "factor", float, 1.0))
+    theta, fraction = field("rope_theta", float, []), field("partial_rotary_factor", float, [1.0])
+    if theta < 1 or fraction > 1:
+        raise CheckpointError(f"config: {kind} has rope_theta {theta} and partial_rotary_factor {fraction}")
+    return Rope(name, theta, fraction, field("factor", float, [1.0]))
 
 
 def _size(table, name, default=0):
@@ -234,6 +239,7 @@ def _refuse_unsupported(text):
         "use_bidirectional_attention": ("vision", None),  # concerns image tokens only
         "hidden_activation": ("gelu_pytorch_tanh", None),
         "tie_word_embeddings": (True, None),
+        "rope_scaling": (None,),  # how older models wrote rope_parameters
     }
     for name, values in only.items():
         if text.get(name) not in values:

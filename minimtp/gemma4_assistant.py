@@ -51,7 +51,8 @@ def parse_config(raw):
     count = config_value(text, "num_hidden_layers", int)
     if config_value(text, "num_kv_shared_layers", int, count) != count:
         raise CheckpointError("config: an assistant's num_kv_shared_layers must be all of its layers")
-    config = gemma4.parse_config({**text, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 0})
+    vocab_size = config_value(text, "vocab_size", int)
+    config = gemma4.parse_config({**text, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": vocab_size})
     for name, value in (("hidden_size_per_layer_input", config.per_layer_input), ("enable_moe_block", config.experts)):
         if value:
             raise CheckpointError(f"config: an assistant cannot have {name}")

@@ -1,6 +1,7 @@
 """The one loop: draft, verify, accept, un-read what was rejected."""
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,8 +58,8 @@ def generate(
 
     Without a drafter every step emits one token. draft_sampling: None is as `sampling`; at temperature 0 drafts are
     point masses. stop: ids that end the text, emitted last. parameters: the rule's own. One seed replays a run exactly.
-    cache: continue it with prompt_ids; after every step it has read all tokens but the last one emitted. Generation
-    ends early where the cache is full.
+    cache: continue it with prompt_ids; after every step it has read all tokens but the last one emitted, also where a
+    round fails or is interrupted. Generation ends early where the cache is full.
 
     Raises ValueError, before anything is read, for arguments that make no sense or a prompt that does not fit.
     """
@@ -72,59 +73,71 @@ def generate(
     room = cache.capacity - cache.length - len(prompt_ids)
     if room < 0:
         raise ValueError(f"a prompt of {len(prompt_ids)} tokens is {-room} longer than the context has room for")
-    rng = np.random.default_rng(seed)
-    emitted = []
+    rng, emitted, budget = np.random.default_rng(seed), [], min(max_new_tokens, room + 1)
+    draft_sampling = draft_sampling or sampling
 
-    def decide(logits_JV, draft):
+    def finished(tokens):
+        return len(tokens) == budget or tokens[-1] in stop
+
+    def settle(unread, out, draft):
+        """Decide about a pass, un-read what was rejected -> (verdict, its uniforms, tokens, news, behind)."""
         u_J = rng.random(len(draft.tokens) + 1)
-        return accept(rule, _laws(sampling, logits_JV, emitted, draft), draft, u_J, **parameters), u_J
+        verdict = accept(rule, _laws(sampling, out.logits_TV, emitted, draft), draft, u_J, **parameters)
+        tokens = _until_stop([*draft.tokens[: verdict.accepted], verdict.token], stop)
+        cache.rollback(len(draft.tokens) + 1 - len(tokens))  # the last token emitted is always left to be read
+        news = [*unread, *tokens]
+        behind_ND = out.hidden_TD[: len(news)]
+        if drafter and finished([*emitted, *tokens]):
+            drafter.propose(news, behind_ND, cache, 0, draft_sampling, ())
+        cache.commit()
+        emitted.extend(tokens)
+        return verdict, u_J, tokens, news, behind_ND
 
     def rounds():
-        remaining, draft, draft_u = min(max_new_tokens, room + 1), NO_DRAFT, ()
-        clock = time.perf_counter()
-        unread, out = _read_prompt(target, prompt_ids, drafter, draft_sampling or sampling, cache)
+        draft, draft_u, clock = NO_DRAFT, (), time.perf_counter()
+        with _all_or_nothing(cache):
+            unread, out = _read_prompt(target, prompt_ids, drafter, draft_sampling, cache)
+            verdict, u_J, tokens, news, behind_ND = settle(unread, out, draft)
         while True:
-            verdict, u_J = decide(out.logits_TV, draft)
-            tokens = _until_stop([*draft.tokens[: verdict.accepted], verdict.token], stop)
-            cache.rollback(len(draft.tokens) + 1 - len(tokens))  # the last token emitted is always left to be read
-            cache.commit()
-            emitted.extend(tokens)
-            remaining -= len(tokens)
-            news, done = [*unread, *tokens], remaining == 0 or tokens[-1] in stop
-            if done and drafter:
-                drafter.propose(news, out.hidden_TD[: len(news)], cache, 0, draft_sampling or sampling, ())
-                cache.commit()
-            accepted = min(verdict.accepted, len(tokens))
-            seconds = time.perf_counter() - clock
+            accepted, seconds = min(verdict.accepted, len(tokens)), time.perf_counter() - clock
             yield Step(tuple(tokens), len(draft.tokens), accepted, seconds, draft, verdict, tuple(u_J), tuple(draft_u))
-            if done:
+            if finished(emitted):
                 return
             clock = time.perf_counter()
             if drafter:
-                draft_u = rng.random(min(num_draft, remaining - 1))
-                behind_ND = out.hidden_TD[: len(news)]
-                draft = drafter.propose(news, behind_ND, cache, len(draft_u), draft_sampling or sampling, draft_u)
-            unread, out = [], target.forward([tokens[-1], *draft.tokens], cache)
+                draft_u = rng.random(min(num_draft, budget - len(emitted) - 1))
+                draft = drafter.propose(news, behind_ND, cache, len(draft_u), draft_sampling, draft_u)
+                if len(draft.tokens) > len(draft_u):
+                    raise ValueError(f"the drafter drafted {len(draft.tokens)} tokens, asked for {len(draft_u)}")
+            with _all_or_nothing(cache):
+                out = target.forward([tokens[-1], *draft.tokens], cache)
+                verdict, u_J, tokens, news, behind_ND = settle([], out, draft)
 
-    return _clean(rounds(), cache)
+    return rounds()
 
 
-def _clean(steps, cache):
-    """The steps; wherever they end, by whatever exception, the cache is back at its last commit."""
+@contextmanager
+def _all_or_nothing(cache):
+    """Whatever goes wrong inside, the cache afterwards is as before, or at its last commit where that is later."""
+    length = cache.length
     try:
-        yield from steps
-    finally:
-        cache.rollback(cache.length - cache.committed)
+        yield
+    except BaseException:
+        cache.rollback(cache.length - max(length, cache.committed))
+        raise
 
 
 def _read_prompt(target, prompt_ids, drafter, draft_sampling, cache):
-    """Read the prompt, the drafter along with it -> (what the drafter has yet to read, the last chunk's output)."""
+    """Read the prompt, the drafter along with it, and commit all but the last chunk.
+
+    -> (what the drafter has yet to read, the last chunk's output)
+    """
     for start, stop in spans(len(prompt_ids), CHUNK):
         out = target.forward(prompt_ids[start:stop], cache, last=1)
-        cache.commit()
         news = prompt_ids[start + 1 : stop + 1]
-        if drafter and stop < len(prompt_ids):
-            drafter.propose(news, out.hidden_TD, cache, 0, draft_sampling, ())
+        if stop < len(prompt_ids):
+            if drafter:
+                drafter.propose(news, out.hidden_TD, cache, 0, draft_sampling, ())
             cache.commit()
     return news, out
 

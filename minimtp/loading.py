@@ -66,7 +66,7 @@ class Target:
     @property
     def stop_ids(self):
         """Ids that end a text, from generation_config.json."""
-        ids = self.generation_config.get("eos_token_id") or []
+        ids = self.generation_config.get("eos_token_id", [])
         return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
@@ -151,8 +151,9 @@ def load_drafter(path, target, keep="auto", **options):
 
 def find_drafter(target):
     """The folder of the assistant beside the target's, or None."""
-    folder = target.folder.with_name(f"{target.folder.name}-assistant")
-    return folder if folder.is_dir() else None
+    folder = target.folder.resolve()
+    beside = folder.parent / f"{folder.name}-assistant"
+    return beside if beside.is_dir() else None
 
 
 def bundled(name):
@@ -313,5 +314,12 @@ def _fingerprint(checkpoint, *settings):
 
 
 def _generation_config(folder):
+    """The folder's generation_config.json, nulls left out, or {}. Raises CheckpointError where its ids are none."""
     path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
+    fields = {k: v for k, v in read_json(path).items() if v is not None} if path.is_file() else {}
+    for name in ("eos_token_id", "suppress_tokens"):
+        ids = fields.get(name, [])
+        ids = [ids] if name == "eos_token_id" and type(ids) is int else ids
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+            raise CheckpointError(f"{path}: {name} is {show(ids)}, expected token ids")
+    return fields

@@ -6,9 +6,10 @@ from datetime import datetime
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
 
 from .checkpoint import CheckpointError, read_json
+
+MAX_PENDING = 8  # a character has at most four bytes; more that make none are shown as they are
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,11 @@ class Tokenizer:
     backend: Backend
 
     def encode(self, text, special=True):
-        """Token ids of the text, with the tokens that the tokenizer itself puts around it (`<bos>`) where special."""
+        """Token ids of the text, with the tokens that the tokenizer itself puts around it (`<bos>`) where special.
+
+        Raises ValueError for a string that is not Unicode text (lone surrogates, as from undecodable input).
+        """
+        text.encode()
         return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids, special=False):
@@ -35,8 +40,19 @@ class Tokenizer:
 
     def stream(self, special=False):
         """A function from the next id to the text that it completes ("" inside a character of several bytes)."""
-        decoder = DecodeStream(skip_special_tokens=not special)
-        return lambda id: decoder.step(self.backend, id) or ""
+        before, pending = [], []  # the ids of the text shown last, for a tokenizer that strips what it decodes first
+
+        def step(id):
+            nonlocal before, pending
+            pending.append(id)
+            text = self.decode(before + pending, special)[len(self.decode(before, special)) :]
+            broken = text.endswith("\ufffd")  # the middle of a character, or bytes that are none
+            if broken and len(pending) < MAX_PENDING:
+                return ""
+            before, pending = [] if broken else pending, []
+            return text
+
+        return step
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ def load_tokenizer(folder, vocab_size):
     try:
         tokenizer = Tokenizer(Backend.from_file(str(path)))
     except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{path}: not a tokenizer: {error}") from None
+        raise CheckpointError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from None
     if tokenizer.backend.get_vocab_size() > vocab_size:
         raise CheckpointError(f"{path}: {tokenizer.backend.get_vocab_size()} tokens, the model has {vocab_size}")
     return tokenizer
