@@ -35,12 +35,13 @@ def _blas():
 
 
 @contextmanager
-def one_blas_thread():
-    """Inside, a BLAS call runs on the thread that makes it: the pool below is the only parallelism.
+def arithmetic():
+    """Around a pass: a BLAS call runs on the thread that makes it, so that the pool below is the only parallelism.
 
-    How BLAS divides a product over its threads depends on the shape, and with it the order of sums.
+    How BLAS divides a product over its threads depends on the shape, and with it the order of sums. Overflow passes
+    without a warning: what comes of it is not a number, and no law is made of that.
     """
-    with _blas().limit(limits=1, user_api="blas"):
+    with _blas().limit(limits=1, user_api="blas"), np.errstate(over="ignore", invalid="ignore"):
         yield
 
 

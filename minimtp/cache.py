@@ -139,7 +139,7 @@ def check_rollback(n, uncommitted):
         raise CacheError(f"cannot roll back {n} tokens: {uncommitted} were read since the last commit")
 
 
-@dataclass
+@dataclass(eq=False)
 class Cache:
     """One sequence's memory: one entry per layer that has its own, the drafter's slot, and the ids read.
 

@@ -172,9 +172,10 @@ _REQUIRED = object()
 
 
 def config_value(table, key, kind, default=_REQUIRED):
-    """A field of a configuration: a `kind` (int: 1 to 2^31 - 1; float: 1e-30 to 1e30; bool, str, list, dict), or the default.
+    """A field of a configuration, or the default where it is absent or null.
 
-    Absent and null are the same. Raises CheckpointError naming the field; without a default it must be there.
+    kind: int (1 to 2^31 - 1), float (1e-30 to 1e30), bool, str, list or dict. Raises CheckpointError naming the field;
+    without a default it must be there.
     """
     value = table.get(key)
     if value is None:

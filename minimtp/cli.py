@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from . import __version__, memory
@@ -22,22 +23,48 @@ PROMPT = "ROMEO:\n"  # what the bundled model is asked to continue where no prom
 def main(argv=None):
     """Run one command -> its exit status: 0 done, 2 bad use or bad input (one line says why), 130 interrupted."""
     arguments = _parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    _prepare_streams()
     try:
-        return arguments.command(arguments) or 0
+        status = arguments.command(arguments) or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has left: nothing more to say, at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has left
         return 141
     except (ValueError, OSError) as error:
-        print(f"minimtp: {' '.join(str(error).split())}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"minimtp: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        _abandon_dead_streams()
+
+
+def _prepare_streams():
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+
+
+def _abandon_dead_streams():
+    """What can no longer be written must not be tried again at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        print(f"minimtp: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="minimtp", description="A readable reference of multi-token prediction.")
+    parser = _Parser(prog="minimtp", description="A readable reference of multi-token prediction.")
     parser.add_argument("--version", action="version", version=f"minimtp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -121,18 +148,38 @@ def run_command(arguments):
     """Continue a prompt, streaming."""
     prompt = _prompt(arguments)
     target, drafter = _load(arguments)
-    suppress = target.generation_config.get("suppress_tokens") or ()
-    sampling = Sampling(arguments.temp or 0.0, arguments.top_k, arguments.top_p, arguments.min_p, suppress)
+    never = target.generation_config.get("suppress_tokens", ())
+    sampling = Sampling(arguments.temp or 0.0, arguments.top_k, arguments.top_p, arguments.min_p, never)
     options = _generation(arguments, drafter, sampling, target, length=128)
     _show_steps(generate(target, target.tokenizer.encode(prompt), **options), target.tokenizer, arguments)
 
 
 def _prompt(arguments):
-    if arguments.prompt == "-":
-        return sys.stdin.read()
-    if arguments.prompt is None and arguments.model != BUNDLED:
+    prompt = arguments.prompt
+    if prompt is None and arguments.model != BUNDLED:
         raise ValueError("no prompt: give one, or - to read standard input")
-    return PROMPT if arguments.prompt is None else arguments.prompt
+    if prompt == "-":
+        prompt = _standard_input().read()
+    if prompt == "":
+        raise ValueError("the prompt is empty")
+    return PROMPT if prompt is None else _checked_text(prompt, "the prompt")
+
+
+def _standard_input():
+    if sys.stdin is None:
+        raise ValueError("there is no standard input")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
+
+
+def _checked_text(text, name):
+    """The text, if all of it was UTF-8 (Python smuggles other bytes through as lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is not UTF-8 text") from None
+    return text
 
 
 def chat_command(arguments):
@@ -150,7 +197,8 @@ def chat_command(arguments):
     thinking = {} if arguments.think is None else {"enable_thinking": arguments.think}
     conversation = Conversation(target, arguments.system, **thinking)
     options = _generation(arguments, drafter, sampling, target, length=1024)
-    while (line := _read_line()) not in (None, "/exit"):
+    lines = _standard_input()
+    while (line := _read_line(lines)) not in (None, "/exit"):
         options["seed"] += 1  # the same numbers again would tie one answer to the next
         if line == "/reset":
             conversation.reset()
@@ -161,12 +209,12 @@ def chat_command(arguments):
                 print(file=sys.stderr)
 
 
-def _read_line():
+def _read_line(lines):
     """The next line of input, None at its end."""
-    if sys.stdin.isatty():
+    if lines.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    return line.strip() if line else None
+    line = lines.readline()
+    return _checked_text(line, "standard input").strip() if line else None
 
 
 def _show_steps(steps, tokenizer, arguments):
@@ -183,11 +231,11 @@ def _show_steps(steps, tokenizer, arguments):
 
 def _shown(steps, tokenizer, arguments):
     """Pass the steps on, each shown as asked: its text streamed, or its trace line, or its JSON."""
-    stream, held = tokenizer.stream(), []
+    stream, held, shown = tokenizer.stream(), [], False
     hold = arguments.trace and sys.stdout.isatty()  # a terminal shows the trace first, then the text in one piece
     try:
         for number, step in enumerate(steps):
-            text = "".join(map(stream, step.tokens))
+            text, shown = "".join(map(stream, step.tokens)), True
             if arguments.json:
                 print(json.dumps(_step_record(step, text)), flush=True)
             elif hold:
@@ -198,7 +246,7 @@ def _shown(steps, tokenizer, arguments):
                 print(trace_line(number, step, tokenizer, _colours(sys.stderr)), file=sys.stderr)
             yield step
     finally:
-        if not arguments.json:
+        if shown and not arguments.json:
             print("".join(held))
 
 
@@ -230,12 +278,12 @@ def _colours(stream):
 
 def trace_line(number, step, tokenizer, colours=False):
     """One round in one line: each draft token with its fate, then the token that the target gave."""
-    accepted = step.verdict.accepted
-    fates = ["accepted"] * accepted + ["rejected"] + ["unread"] * step.drafted
-    tokens = [
-        *zip(fates, step.draft.tokens),
-        ("correction" if accepted < step.drafted else "bonus", step.verdict.token),
-    ]
+    accepted = step.accepted
+    ended = len(step.tokens) == accepted  # by a stop token inside the draft: nothing came after it
+    fates = ["accepted"] * accepted + ["unread" if ended else "rejected"] + ["unread"] * step.drafted
+    tokens = [*zip(fates, step.draft.tokens)]
+    if not ended:
+        tokens.append(("correction" if accepted < step.drafted else "bonus", step.verdict.token))
     parts = []
     for fate, token in tokens:
         mark, colour = FATES[fate]
@@ -333,8 +381,9 @@ def bench_command(arguments):
 
 def _pieces(arguments, tokenizer):
     """Evenly spaced pieces of a text, each of as many tokens."""
-    path = Path(arguments.text) if arguments.text else resolve("heldout.txt")
-    ids, size = tokenizer.encode(path.read_text(encoding="utf-8"), special=False), arguments.prompt_tokens
+    path, size = Path(arguments.text) if arguments.text else resolve("heldout.txt"), arguments.prompt_tokens
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    ids = tokenizer.encode(_checked_text(text, path), special=False)
     if arguments.prompts < 1 or size < 1 or len(ids) < arguments.prompts * size:
         raise ValueError(f"{path} has {len(ids)} tokens, too few for {arguments.prompts} prompts of {size}")
     stride = len(ids) // arguments.prompts

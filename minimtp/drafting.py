@@ -57,7 +57,7 @@ def choose(logits_V, sampling, u=None):
     return (int(law_V.argmax()), None) if sampling.temperature == 0 else (draw(law_V, u), law_V)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GemmaAssistant:
     """Drafts with a Gemma 4 assistant. Reads nothing: its last new token and hidden state suffice."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .backend import array_module, gather, matmul, one_blas_thread
+from .backend import arithmetic, array_module, gather, matmul
 from .cache import Cache, FullKV, SlidingKV
 from .checkpoint import CheckpointError, config_value, show
 from .layers import (
@@ -135,12 +135,12 @@ def _plan(text):
         raise CheckpointError(f"config: num_hidden_layers {count} is more than {MAX_LAYERS}")
     types = _layer_types(text, count)
     first_shared = count - _size(text, "num_kv_shared_layers")
-    if first_shared < 0:
+    if first_shared < 1:
         raise CheckpointError(f"config: num_kv_shared_layers {count - first_shared} of {count} layers")
     heads = config_value(text, "num_attention_heads", int)
     k_eq_v = config_value(text, "attention_k_eq_v", bool, False)
     intermediate = config_value(text, "intermediate_size", int)
-    wide = config_value(text, "use_double_wide_mlp", bool, False) and first_shared > 0
+    wide = config_value(text, "use_double_wide_mlp", bool, False)
     lenders = {}
     for i, kind in enumerate(types):
         kv_heads, head_dim = _attention_sizes(text, i, kind, k_eq_v)
@@ -151,7 +151,7 @@ def _plan(text):
         owns_kv = i < first_shared
         if owns_kv:
             lenders[kind] = i, (kv_heads, head_dim)
-        elif first_shared and lenders.get(kind, (0, None))[1] != (kv_heads, head_dim):
+        elif lenders.get(kind, (0, None))[1] != (kv_heads, head_dim):
             raise CheckpointError(f"config: layer {i} shares KV, and no {kind} layer before it has its shape")
         width = intermediate * (2 if wide and not owns_kv else 1)
         kv = lenders[kind][0] if kind in lenders else i
@@ -404,7 +404,7 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
     """
     ids_T = token_ids(ids_T, config.vocab_size, config.placeholders)
     tap = Taps(taps, len(config.layers))
-    with one_blas_thread(), cache.reading(ids_T) as start:
+    with arithmetic(), cache.reading(ids_T) as start:
         positions_T = np.arange(start, start + len(ids_T))
         ropes = rope_tables(config, positions_T, dtype)
         spans = {

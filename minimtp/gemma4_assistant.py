@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import gemma4
-from .backend import gather, matmul, one_blas_thread
+from .backend import arithmetic, gather, matmul
 from .checkpoint import CheckpointError, config_value
 from .layers import no_tap, rms_norm
 
@@ -124,7 +124,7 @@ def step(
     first = length - 1 - text.sliding_window if window_edge == "inclusive" else at + 1 - text.sliding_window
     end_T = np.array([length])
     spans = {"sliding": (np.maximum(np.array([first]), 0), end_T), "full": (np.zeros_like(end_T), end_T)}
-    with one_blas_thread():
+    with arithmetic():
         ropes = gemma4.rope_tables(text, np.array([at]), dtype)
         x_TD = matmul(np.concatenate([embedded_B, hidden_B])[None], params.pre_projection)
         for layer, w in zip(text.layers, params.layers):

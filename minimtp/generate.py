@@ -2,7 +2,7 @@
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,18 +63,22 @@ def generate(
 
     Raises ValueError, before anything is read, for arguments that make no sense or a prompt that does not fit.
     """
-    prompt_ids = token_ids(prompt_ids, target.config.vocab_size)
+    never = getattr(target.config, "placeholders", {})  # what stands for an image can be neither read nor drafted
+    prompt_ids, stop = token_ids(prompt_ids, target.config.vocab_size, never), frozenset(stop)
     cache = target.new_cache() if cache is None else cache
     exact_law(rule, np.ones(1), 0, **parameters)  # raises for an unknown rule or parameter
     if not 1 <= num_draft < ROWS:
         raise ValueError(f"num_draft must be between 1 and {ROWS - 1}, got {num_draft}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     room = cache.capacity - cache.length - len(prompt_ids)
     if room < 0:
         raise ValueError(f"a prompt of {len(prompt_ids)} tokens is {-room} longer than the context has room for")
+    sampling = replace(sampling, suppress=(*sampling.suppress, *never))
+    draft_sampling = replace(draft_sampling or sampling, suppress=(*(draft_sampling or sampling).suppress, *never))
     rng, emitted, budget = np.random.default_rng(seed), [], min(max_new_tokens, room + 1)
-    draft_sampling = draft_sampling or sampling
 
     def finished(tokens):
         return len(tokens) == budget or tokens[-1] in stop
@@ -87,7 +91,7 @@ def generate(
         cache.rollback(len(draft.tokens) + 1 - len(tokens))  # the last token emitted is always left to be read
         news = [*unread, *tokens]
         behind_ND = out.hidden_TD[: len(news)]
-        if drafter and finished([*emitted, *tokens]):
+        if drafter is not None and finished([*emitted, *tokens]):
             drafter.propose(news, behind_ND, cache, 0, draft_sampling, ())
         cache.commit()
         emitted.extend(tokens)
@@ -104,7 +108,7 @@ def generate(
             if finished(emitted):
                 return
             clock = time.perf_counter()
-            if drafter:
+            if drafter is not None:
                 draft_u = rng.random(min(num_draft, budget - len(emitted) - 1))
                 draft = drafter.propose(news, behind_ND, cache, len(draft_u), draft_sampling, draft_u)
                 if len(draft.tokens) > len(draft_u):
@@ -136,7 +140,7 @@ def _read_prompt(target, prompt_ids, drafter, draft_sampling, cache):
         out = target.forward(prompt_ids[start:stop], cache, last=1)
         news = prompt_ids[start + 1 : stop + 1]
         if stop < len(prompt_ids):
-            if drafter:
+            if drafter is not None:
                 drafter.propose(news, out.hidden_TD, cache, 0, draft_sampling, ())
             cache.commit()
     return news, out

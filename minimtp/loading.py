@@ -45,14 +45,20 @@ class Target:
             raise CacheError(f"a cache of {capacity} tokens does not suit a context of {limit}")
         return self.family.new_cache(self.config, self.dtype, capacity, self.fingerprint, self.backend)
 
-    def load_cache(self, path):
+    def load_cache(self, path, capacity=None):
         """The cache that `cache.save(path)` wrote. Raises CacheError or CheckpointError if it is not this model's."""
-        cache = self.new_cache()
+        cache = self.new_cache(capacity)
         cache.restore(path)
         return cache
 
     def forward(self, ids_T, cache, taps=(), last=None):
-        """Read ids_T after what the cache holds -> layers.Output, with logits of the last `last` rows (None: all)."""
+        """Read ids_T after what the cache holds -> layers.Output, with logits of the last `last` rows (None: all).
+
+        Raises ValueError for ids that cannot be read, CacheError for another model's cache or a full one; the cache is
+        then as before.
+        """
+        if cache.fingerprint != self.fingerprint:
+            raise CacheError("this cache belongs to another model, or to other weights or another dtype")
         return self.family.forward(self.params, self.config, ids_T, cache, self.dtype, taps, last)
 
     def chat_template(self):

@@ -102,7 +102,7 @@ def load_chat_template(folder):
     path = Path(folder) / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
     if isinstance(source, list):  # several by name; the conversation's is called "default"
-        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+        source = next((e.get("template") for e in source if isinstance(e, dict) and e.get("name") == "default"), None)
     if source is None:
         return None
     try:

@@ -10,12 +10,16 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from random_models import write_target
-from test_loading import SIZES, WRONG, WRONG_DRAFTERS, break_target, new_assistant
+from test_loading import SIZES, WRONG, WRONG_DRAFTERS, break_target, edit_json, new_assistant, value
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import minimtp
+from minimtp.chat import Conversation
 from minimtp.checkpoint import CheckpointError
 from minimtp.cli import BUNDLED, main, trace_line
 from minimtp.loading import bundled
@@ -129,14 +133,15 @@ def test_every_rule_runs(cli, rule, expected):
     assert status == 0 and (out == expected + "\n") == (rule == "greedy")
 
 
-def test_run_ends_at_a_stop_token(cli, tmp_path, expected):
-    tokenizer = minimtp.load(BUNDLED).tokenizer
-    third = tokenizer.encode(expected, special=False)[2]
+def test_run_ends_at_a_stop_token(cli, tmp_path):
+    def tokens(*arguments):
+        return [token for line in lines(cli(*SHORT, "--json", *arguments)[1]) for token in json.loads(line)["tokens"]]
+
     shutil.copytree(bundled(BUNDLED), tmp_path / "model")
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [third]}))
-    status, out, err = cli(*SHORT, "--model", tmp_path / "model", "--json", "--draft", "lookup")
-    tokens = [token for line in lines(out) for token in json.loads(line)["tokens"]]
-    assert status == 0 and tokens[-1] == third and third not in tokens[:-1] and len(tokens) <= 3
+    whole = tokens()
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [whole[2]]}))
+    for draft in ("none", "lookup", BUNDLED + "-assistant"):
+        assert tokens("--model", tmp_path / "model", "--draft", draft) == whole[: whole.index(whole[2]) + 1]
 
 
 @pytest.mark.parametrize("how", [[], ["--json"], ["--trace"]])
@@ -200,6 +205,19 @@ def test_a_trace_can_be_read_without_colour(cli, expected):
         shown += re.findall(r'[+>*]("(?:[^"\\]|\\.)*")', match[4])
     assert "".join(map(json.loads, shown)).startswith(expected)
     assert CLOSING.fullmatch(closing + "\n")[2] == str(len(rounds))
+
+
+@pytest.mark.parametrize("kept", [1, 3, 4, 5])
+def test_a_trace_ends_where_the_text_does(expected, kept):
+    """The stop token may be an accepted draft token: what came after it was not emitted."""
+    tokenizer = minimtp.load(BUNDLED).tokenizer
+    *draft, bonus = map(tokenizer.id, "abcdz")
+    tokens = tuple([*draft, bonus][:kept])
+    step = minimtp.Step(tokens, 4, min(kept, 4), 0.1, minimtp.Draft(draft), minimtp.Verdict(4, bonus), (0.5,) * 5, ())
+    match = TRACE.fullmatch(trace_line(0, step, tokenizer))
+    marks = re.findall(r'([+x.>*])("[^"]*")', match[4])
+    assert [json.loads(token) for mark, token in marks if mark in "+>*"] == [tokenizer.decode([id]) for id in tokens]
+    assert "".join(mark for mark, _ in marks).rstrip(".") == ("++++*" if kept == 5 else "+" * kept)
 
 
 def test_colours_say_what_the_marks_say(expected):
@@ -296,8 +314,9 @@ def test_an_empty_prompt_is_refused(cli, monkeypatch):
 
 
 def test_a_prompt_longer_than_the_context(cli, monkeypatch):
-    refusal(cli("run", "word " * 5000), r"prompt of \d+ tokens is \d+ longer than the context")
-    monkeypatch.setattr("sys.stdin", stdin(b"word " * 50_000))
+    long = "word " * minimtp.load(BUNDLED).config.max_position_embeddings
+    refusal(cli("run", long), r"prompt of \d+ tokens is \d+ longer than the context")
+    monkeypatch.setattr("sys.stdin", stdin(20 * long.encode()))
     refusal(cli("run", "-"), r"prompt of \d+ tokens is \d+ longer than the context")
 
 
@@ -372,7 +391,8 @@ def test_a_wrong_checkpoint_is_one_line_and_status_2(cli, tmp_path, case):
 
 @pytest.mark.parametrize("case", WRONG_DRAFTERS)
 def test_a_wrong_drafter_is_one_line_and_status_2(cli, tmp_path, case):
-    target = with_tokenizer(tmp_path)
+    target = small_model(tmp_path)
+    Tokenizer(WordLevel({"x": 0}, unk_token="x")).save(str(target / "tokenizer.json"))
     change, message = WRONG_DRAFTERS[case]
     change(new_assistant(tmp_path))
     before = listing(tmp_path)
@@ -380,20 +400,29 @@ def test_a_wrong_drafter_is_one_line_and_status_2(cli, tmp_path, case):
     assert listing(tmp_path) == before
 
 
-def with_tokenizer(folder):
+def small_model(folder):
     write_target(folder / "target", 1, **SIZES)
     return folder / "target"
 
 
 def test_a_model_without_a_tokenizer_cannot_run(cli, tmp_path):
-    refusal(cli("run", "x", "--model", with_tokenizer(tmp_path)), "no tokenizer.json")
-    refusal(cli("bench", with_tokenizer(tmp_path)), "no tokenizer.json")
+    refusal(cli("run", "x", "--model", small_model(tmp_path)), "no tokenizer.json")
+    refusal(cli("bench", small_model(tmp_path)), "no tokenizer.json")
 
 
 def test_a_bad_checkpoint_in_a_process_of_its_own(tmp_path):
     folder, message = break_target(tmp_path, "NaN linear")
     done = process("run", "x", "--model", str(folder))
     refusal((done.returncode, done.stdout.decode(), done.stderr.decode()), message)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.0.mlp.up_proj.weight"])
+def test_weights_that_overflow_are_an_error_without_warnings(cli, tmp_path, name):
+    shutil.copy(bundled(BUNDLED) / "tokenizer.json", tmp_path)
+    write_target(tmp_path, 1, **SIZES | {"vocab_size": minimtp.load(BUNDLED).config.vocab_size})
+    value(name, 3e38)(tmp_path)
+    status, _, err = cli("run", "To be, or", "--model", tmp_path)
+    assert status == 2 and "Warning" not in err and lines(err)[-1].startswith("minimtp: ")
 
 
 def test_an_error_half_way_leaves_whole_lines(cli, monkeypatch):
@@ -489,6 +518,7 @@ def test_closed_streams(closed, status, expected):
     assert done.stdout.decode() in ("", expected + "\n")
 
 
+@pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="file names of ASCII only")
 def test_a_terminal_that_knows_ascii_only(tmp_path):
     folder = tmp_path / "modèle-日本"
     write_target(folder, 1, **SIZES)
@@ -505,6 +535,175 @@ def test_a_notebook_can_call_main(monkeypatch, expected):
     assert main(SHORT) == 0 and out.getvalue() == expected + "\n"
 
 
+# chat
+
+
+def say(monkeypatch, *lines_typed, **options):
+    monkeypatch.setattr("sys.stdin", stdin("\n".join(lines_typed).encode(), **options))
+
+
+CHAT = ["chat", "-n", "12"]
+
+
+def test_chat_answers_every_line(cli, monkeypatch):
+    say(monkeypatch, "Hello", "", "  ", "Who are you?")
+    status, out, err = cli(*CHAT)
+    assert status == 0 and out.endswith("\n") and len(lines(err)) == 2
+    assert all(CLOSING.fullmatch(line + "\n") for line in lines(err))
+
+
+def test_chat_of_nothing(cli, monkeypatch):
+    for typed in ([], [""], ["/exit", "Hello"], ["/reset"]):
+        say(monkeypatch, *typed)
+        assert cli(*CHAT) == (0, "", "")
+
+
+def test_chat_remembers_until_told_to_forget(cli, monkeypatch):
+    greedy = [*CHAT, "--temp", "0"]
+
+    def answer_to(*typed):
+        say(monkeypatch, *typed)
+        return cli(*greedy)[1]
+
+    hello, bye = answer_to("Hello"), answer_to("Good night, good night")
+    both = answer_to("Hello", "Good night, good night")
+    assert both.startswith(hello) and both != hello + bye
+    assert answer_to("Hello", "/reset", "Good night, good night") == hello + bye
+
+
+def test_a_conversation_keeps_what_was_said():
+    target = minimtp.load(BUNDLED)
+    conversation = Conversation(target)
+    tokens = [token for step in conversation.ask("Hello", max_new_tokens=5) for token in step.tokens]
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": target.tokenizer.decode(tokens)}]
+    assert conversation.messages == said and len(tokens) == 5
+    with pytest.raises(ValueError, match="longer than the context"):
+        list(conversation.ask("word " * target.config.max_position_embeddings))
+    assert conversation.messages == said
+    steps = conversation.ask("And then?")
+    first = next(steps)
+    steps.close()
+    said += [{"role": "user", "content": "And then?"}]
+    said += [{"role": "assistant", "content": target.tokenizer.decode(first.tokens)}]
+    assert conversation.messages == said
+
+
+def test_chat_takes_a_system_prompt_and_a_seed(cli, monkeypatch):
+    outs = []
+    for options in ([], [], ["--seed", "5"], ["--system", "You are a king."]):
+        say(monkeypatch, "Hello")
+        outs.append(cli(*CHAT, *options)[1])
+    assert outs[0] == outs[1] and outs[2] != outs[0] != outs[3]
+
+
+def test_chat_drafts_do_not_change_greedy_answers(cli, monkeypatch):
+    outs = set()
+    for draft in ("auto", "none", "lookup"):
+        say(monkeypatch, "Hello", "And then?", "To be, or not to be?")
+        outs.add(cli(*CHAT, "--temp", "0", "--draft", draft)[1])
+    assert len(outs) == 1
+
+
+def test_chat_json_and_trace(cli, monkeypatch):
+    say(monkeypatch, "Hello", "And then?")
+    status, out, err = cli(*CHAT, "--json")
+    assert status == 0 and all(json.loads(line).keys() >= STEP for line in lines(out))
+    summaries = [json.loads(line) for line in lines(err)]
+    assert sum(summary["passes"] for summary in summaries) == len(lines(out)) and len(summaries) == 2
+    say(monkeypatch, "Hello")
+    status, out, err = cli(*CHAT, "--trace")
+    assert status == 0 and all(TRACE.fullmatch(line) for line in lines(err)[:-1])
+
+
+def test_an_interrupted_answer_does_not_end_the_chat(cli, monkeypatch):
+    calls = []
+
+    def interrupted_once(*arguments, **options):
+        steps = list(minimtp.generate(*arguments, **options))
+        calls.append(len(steps))
+        yield steps[0]
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        yield from steps[1:]
+
+    monkeypatch.setattr("minimtp.chat.generate", interrupted_once)
+    say(monkeypatch, "Hello", "And then?")
+    status, out, err = cli(*CHAT, "--draft", "none")
+    assert status == 0 and len(calls) == 2 and "1 tokens in 1 target passes" in err and "Traceback" not in err
+
+
+def test_chat_stops_where_the_context_is_full(cli, monkeypatch, tmp_path):
+    shutil.copytree(bundled(BUNDLED), tmp_path / "model")
+    edit_json(tmp_path / "model", "text_config.max_position_embeddings", 60)
+    say(monkeypatch, *["Hello, hello, hello"] * 20)
+    status, out, err = cli("chat", "--model", tmp_path / "model", "--draft", "none", "--temp", "0")
+    assert status == 2 and "Traceback" not in err
+    assert re.fullmatch(r"minimtp: a prompt of \d+ tokens is \d+ longer than the context has room for", lines(err)[-1])
+
+
+TEMPLATES = {
+    "does not compile": "{% for %}",
+    "no such name": "{{ nothing.at.all }}",
+    "refuses": "{{ raise_exception('no roles\nplease') }}",
+    "divides": "{{ 1 // 0 }}",
+    "wrong type": "{{ 'a' + 1 }}",
+    "reaches out": "{{ ''.__class__.__mro__[1].__subclasses__()[0].x }}",
+    "endless": "{% for i in range(10**12) %}x{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_broken_chat_template_is_one_line(cli, monkeypatch, tmp_path, case):
+    shutil.copytree(bundled(BUNDLED), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATES[case])
+    say(monkeypatch, "Hello")
+    refusal(cli(*CHAT, "--model", tmp_path / "model", "--draft", "none"), "chat template")
+
+
+@pytest.mark.parametrize("settings", [[], {}, {"chat_template": 5}, {"chat_template": ["x"]},
+                                      {"chat_template": [{"name": "x"}]},
+                                      {"chat_template": "{{ bos_token }}", "bos_token": 5}])  # fmt: skip
+def test_other_broken_templates(cli, monkeypatch, tmp_path, settings):
+    shutil.copytree(bundled(BUNDLED), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    say(monkeypatch, "Hello")
+    status, out, err = cli(*CHAT, "--model", tmp_path / "model", "--draft", "none")
+    if "bos_token" not in settings:
+        refusal((status, out, err), "template|tokenizer_config.json")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_with_what_is_no_text(cli, monkeypatch, errors):
+    monkeypatch.setattr("sys.stdin", stdin(b"caf\xe9\n", errors=errors))
+    refusal(cli(*CHAT), "input|text")
+
+
+@pytest.mark.parametrize("field", [{"temperature": "hot"}, {"top_k": -1}, {"top_p": [0.5]}, {"suppress_tokens": 5},
+                                   {"suppress_tokens": ["a"]}, {"presence_penalty": "x"}])  # fmt: skip
+def test_a_broken_recommendation_is_one_line(cli, monkeypatch, tmp_path, field):
+    shutil.copytree(bundled(BUNDLED), tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(field))
+    say(monkeypatch, "Hello")
+    refusal(cli(*CHAT, "--model", tmp_path / "model", "--draft", "none"), next(iter(field)).split("_")[0])
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_what_stands_for_an_image_is_never_emitted(cli, monkeypatch, tmp_path, command):
+    """It could not be read again."""
+    shutil.copytree(bundled(BUNDLED), tmp_path / "model")
+    tokens = [token for line in lines(cli(*SHORT, "--json")[1]) for token in json.loads(line)["tokens"]]
+    edit_json(tmp_path / "model", "image_token_id", max(tokens))
+    arguments = SHORT if command == "run" else ["chat", "-n", "24"]
+    for draft in ("none", BUNDLED + "-assistant"):
+        say(monkeypatch, SHORT[1])
+        more = ["--temp", "3"] if command == "chat" else []
+        status, out, err = cli(*arguments, "--model", tmp_path / "model", "--draft", draft, "--json", *more)
+        emitted = [token for line in lines(out) for token in json.loads(line)["tokens"]]
+        assert status == 0 and max(tokens) not in emitted
+
+
 # show and bench
 
 
@@ -513,7 +712,7 @@ def test_show_says_the_same_as_text_and_as_json(cli):
     report = json.loads(out)
     assert (status, err) == (0, "") and len(lines(out)) == 1
     target = minimtp.load(BUNDLED)
-    assert report["model_type"] == "gemma4" and report["vocab_size"] == target.config.vocab_size
+    assert report["model"] == str(bundled(BUNDLED)) and report["vocab_size"] == target.config.vocab_size
     assert sorted(i for plan in report["layers"] for i in plan["at"]) == list(range(len(target.config.layers)))
     for table in ("parameters", "stored_bytes"):
         parts = {name: count for name, count in report[table].items() if name != "total"}
@@ -523,7 +722,7 @@ def test_show_says_the_same_as_text_and_as_json(cli):
     assert report["stored_bytes"]["total"] < (bundled(BUNDLED) / "model.safetensors").stat().st_size
     status, out, err = cli("show")
     assert (status, err) == (0, "") and "\033" not in out
-    for number in (report["parameters"]["total"], report["stored_bytes"]["total"], *report["kv_bytes"].values()):
+    for number in (report["parameters"]["total"], report["stored_bytes"]["total"], *report["kv"]["bytes"].values()):
         assert f"{number:,}" in out
     assert str(report["hidden_size"]) in out and "k = v" in out
 
@@ -543,14 +742,32 @@ def test_show_counts_the_parameters_and_the_cache_there_are(cli):
         k_GSK, _ = cache.layers[layer.kv].read()
         slots = k_GSK[:, -(target.config.sliding_window + 1) :] if layer.kind == "sliding" else k_GSK
         held[layer.kind] += 2 * slots.nbytes
-    assert report["kv_bytes"] == held and report["context"] == 100
+    assert report["kv"]["bytes"] == held and report["kv"]["context"] == 100 and report["kv"]["itemsize"] == 4
 
 
 def test_show_a_drafter(cli):
     status, out, _ = cli("show", BUNDLED + "-assistant")
-    assert status == 0 and "gemma4_assistant" in out and "borrowed kv" in out and "projections" in out
+    assert status == 0 and "borrowed kv" in out and "projections" in out
     report = json.loads(cli("show", BUNDLED + "-assistant", "--json")[1])
-    assert report["kv_bytes"] == {} and not any(plan["own_kv"] for plan in report["layers"])
+    assert report["kv"]["bytes"] == {} and not any(plan["owns_kv"] for plan in report["layers"])
+
+
+def test_show_a_published_configuration(cli):
+    """Of which the 31B's files are known to hold this many numbers."""
+    report = json.loads(cli("show", "--config", "gemma-4-31b", "--context", "1", "--json")[1])
+    assert report["parameters"]["total"] == 30_697_345_340 and "stored_bytes" not in report
+    assert sum(len(plan["at"]) for plan in report["layers"]) == 60
+    assert report["kv"]["bytes"] == {"sliding": 50 * 2 * 16 * 256 * 4, "full": 10 * 2 * 4 * 512 * 4}
+    assert "30,697,345,340" in cli("show", "--config", "gemma-4-31b")[1]
+    refusal(cli("show", "--config", "gemma-5"), "gemma-5.*gemma-4-31b")
+
+
+def test_show_every_published_configuration(cli):
+    names = json.loads((Path(minimtp.__file__).parent / "published.json").read_text()).keys()
+    for name in names:
+        status, out, err = cli("show", "--config", name)
+        assert (status, err) == (0, "") and out.startswith(name)
+    assert all(name.removesuffix("-assistant") in names for name in names) and len(names) >= 10
 
 
 @pytest.mark.parametrize("case", ["unknown model type", "yarn", "half a header", "no config"])
@@ -568,14 +785,15 @@ def test_bench_json(cli):
     assert status == 0 and len(lines(out)) == 1 and "Traceback" not in err
     report = json.loads(out)
     assert report.keys() >= {"model", "prompts", "k", "plain", "drafted", "identical", "speedup",
-                             "pass_cost_by_width", "peak_bytes"}  # fmt: skip
+                             "passes", "peak_bytes"}  # fmt: skip
     assert report["plain"].keys() >= RATES and report["drafted"].keys() >= RATES
     assert report["prompts"] == 2 and report["k"] == 3 and report["identical"] is True
     assert report["plain"]["tokens_per_pass"] == 1 <= report["drafted"]["tokens_per_pass"] <= 4
     assert report["plain"]["tokens"] == report["drafted"]["tokens"] == 2 * 11  # without the prompt's
     assert len(report["drafted"]["acceptance"]) <= 3
-    cost = report["pass_cost_by_width"]
-    assert {"1", "2", "3", "4"} <= cost.keys() and "5" not in cost and cost["1"] == 1 and cost["4"] > 0
+    cost, seconds = report["passes"]["cost_by_width"], report["passes"]["seconds_by_width"]
+    assert list(cost) == list(seconds) == ["1", "2", "3", "4"] and cost["1"] == 1
+    assert report["passes"]["cost_of_verification"] == cost["4"] == pytest.approx(seconds["4"] / seconds["1"])
     rates = report["drafted"]["tokens_per_second"], report["plain"]["tokens_per_second"]
     assert min(rates) > 0 and report["speedup"] == pytest.approx(rates[0] / rates[1])
     assert report["peak_bytes"] is None or report["peak_bytes"] > 10 << 20
@@ -591,7 +809,7 @@ def test_bench_without_drafts_and_with_a_text_of_ones_own(cli, tmp_path):
 # Help
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["show"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["chat"], ["show"], ["bench"]])
 def test_help_goes_to_standard_output(cli, command):
     status, out, err = cli(*command, "--help")
     assert (status, err) == (0, "") and "minimtp" in out

@@ -367,6 +367,20 @@ def text_field(name, x):
     return lambda folder: edit_json(folder, f"text_config.{name}", x)
 
 
+def text_fields(**values):
+    return each(*(text_field(name, x) for name, x in values.items()))
+
+
+def each(*changes):
+    """All of these changes, one after another."""
+
+    def change(folder):
+        for one in changes:
+            one(folder)
+
+    return change
+
+
 def field(name, x):
     return lambda folder: edit_json(folder, name, x)
 
@@ -466,12 +480,19 @@ WRONG_CONFIGS = {
     "model type a list": (field("model_type", ["gemma4"]), r"unknown model type \['gemma4'\]"),
     "text config a list": (field("text_config", []), "text_config"),
     "text config null": (field("text_config", None), "text_config"),
-    "no text config": (field("text_config", DELETED), "num_hidden_layers is missing"),
-    "per-layer inputs": (text_field("hidden_size_per_layer_input", 256), "hidden_size_per_layer_input 256"),
-    "per-layer inputs by default": (text_field("hidden_size_per_layer_input", DELETED), "hidden_size_per_layer_input"),
-    "shared KV": (text_field("num_kv_shared_layers", 2), "num_kv_shared_layers 2"),
-    "experts": (text_field("enable_moe_block", True), "enable_moe_block True"),
-    "double-wide MLP": (text_field("use_double_wide_mlp", True), "use_double_wide_mlp True"),
+    "no text config": (field("text_config", DELETED), "text_config is missing"),
+    "per-layer inputs": (text_field("hidden_size_per_layer_input", 8), "'.*embed_tokens_per_layer.weight' is missing"),
+    "per-layer inputs by default": (text_field("hidden_size_per_layer_input", DELETED), "per_layer.* is missing"),
+    "per-layer vocabulary": (text_fields(hidden_size_per_layer_input=8, vocab_size_per_layer_input=9),
+                             "vocab_size_per_layer_input"),
+    "shared KV of no layer": (text_field("num_kv_shared_layers", 2), "layer 2 shares KV, and no full layer before it"),
+    "more layers share KV than there are": (text_field("num_kv_shared_layers", 4), "num_kv_shared_layers 4 of 3"),
+    "all layers share KV": (text_field("num_kv_shared_layers", 3), "num_kv_shared_layers 3 of 3"),
+    "experts without number": (text_field("enable_moe_block", True), "num_experts is missing"),
+    "more experts chosen than there are": (text_fields(enable_moe_block=True, num_experts=2, top_k_experts=3,
+                                                       moe_intermediate_size=8), "top_k_experts 3 of 2"),
+    "no experts": (text_fields(enable_moe_block=True, num_experts=2, top_k_experts=1, moe_intermediate_size=8),
+                   "router.*' is missing"),
     "biases": (text_field("attention_bias", True), "attention_bias True"),
     "bidirectional": (text_field("use_bidirectional_attention", "all"), "use_bidirectional_attention 'all'"),
     "activation": (text_field("hidden_activation", "silu"), "hidden_activation 'silu'"),
@@ -482,7 +503,7 @@ WRONG_CONFIGS = {
     "old rope scaling": (text_field("rope_scaling", {"rope_type": "yarn", "factor": 4.0}), "rope_scaling"),
     "rope field": (text_field(f"{FULL}.beta_fast", 32), "'beta_fast' of full_attention"),
     "partial default rope": (text_field(f"{SLIDING}.partial_rotary_factor", 0.5), "'partial_rotary_factor'"),
-    "partial above 1": (text_field(f"{FULL}.partial_rotary_factor", 1.5), "partial_rotary_factor of full_attention"),
+    "partial above 1": (text_field(f"{FULL}.partial_rotary_factor", 1.5), "partial_rotary_factor"),
     "partial below 0": (text_field(f"{FULL}.partial_rotary_factor", -0.5), "partial_rotary_factor of full_attention"),
     "no theta": (text_field(f"{FULL}.rope_theta", DELETED), "rope_theta"),
     "theta 0": (text_field(f"{FULL}.rope_theta", 0), "rope_theta"),
@@ -493,6 +514,7 @@ WRONG_CONFIGS = {
     "flat rope": (text_field("rope_parameters", {"rope_type": "default", "rope_theta": 1e4}), "sliding_attention"),
     "too few layer types": (text_field("layer_types", layers("sf")), "layer_types must name 3 layers"),
     "unknown layer type": (text_field("layer_types", [*layers("sf"), "linear_attention"]), "layer_types"),
+    "layer types a number": (text_field("layer_types", 3), "layer_types"),
     "layer types of tables": (text_field("layer_types", [{}, [], None]), "layer_types"),
     "last layer slides": (text_field("layer_types", layers("sfs")), "layer_types must be full_attention"),
     "heads not in groups": (text_field("num_key_value_heads", 3), "layer 0 cannot have 4 heads, 3 kv heads"),
@@ -507,6 +529,7 @@ WRONG_CONFIGS = {
     "stop token a text": (write("generation_config.json", '{"eos_token_id": "1"}'), "eos_token_id"),
     "stop tokens in a table": (write("generation_config.json", '{"eos_token_id": {"a": 1}}'), "eos_token_id"),
     "stop token not whole": (write("generation_config.json", '{"eos_token_id": [1, 1.5]}'), "eos_token_id"),
+    "suppressed no list": (write("generation_config.json", '{"suppress_tokens": 5}'), "suppress_tokens"),
 }  # fmt: skip
 WRONG = WRONG_FILES | WRONG_TENSORS | WRONG_INT4 | WRONG_CONFIGS
 
@@ -586,7 +609,10 @@ WRONG_DRAFTERS = {
     "full width": (text_field("global_head_dim", 8), r"full KV shape \(1, 8\), the target's is \(1, 16\)"),
     "full heads": (text_field("num_global_key_value_heads", 2), r"full KV shape \(2, 16\), the target's is \(1, 16\)"),
     "layers with KV": (text_field("num_kv_shared_layers", 1), "num_kv_shared_layers"),
-    "ordered embeddings": (field("use_ordered_embeddings", True), "use_ordered_embeddings True"),
+    "clusters that do not divide": (field("use_ordered_embeddings", True), "2048 centroids, 32 chosen, for 40 tokens"),
+    "no clusters": (each(field("use_ordered_embeddings", True), field("num_centroids", 8),
+                         field("centroid_intermediate_top_k", 2)), "masked_embedding.* is missing"),
+    "per-layer inputs": (text_field("hidden_size_per_layer_input", 8), "size_per_layer_input"),
     "no backbone": (field("backbone_hidden_size", DELETED), "backbone_hidden_size is missing"),
     "no text config": (field("text_config", DELETED), "text_config is missing"),
     "no pre-projection": (tensors(lambda tensors: tensors.pop("pre_projection.weight")), "'pre_projection.weight'"),

@@ -4,6 +4,7 @@ Most of it runs over a Markov chain that passes for a target: its laws are known
 """
 
 import gc
+from dataclasses import replace
 from importlib import import_module
 from itertools import islice
 
@@ -306,24 +307,54 @@ def test_a_generation_that_is_dropped_late_takes_nothing_back():
     assert cache.tokens == [1, 2, 3, 4, 5]
 
 
+class Interrupted:
+    """A target and a drafter in one, whose method `place` fails once, when called for the `at`-th time."""
+
+    def __init__(self, target, drafter, place, at, error):
+        self.parts, self.place, self.left, self.error = {"forward": target, "propose": drafter}, place, at, error
+        self.config = target.config
+
+    def forward(self, *arguments, **options):
+        return self._call("forward", *arguments, **options)
+
+    def propose(self, *arguments):
+        return self._call("propose", *arguments)
+
+    def _call(self, name, *arguments, **options):
+        result = getattr(self.parts[name], name)(*arguments, **options)
+        self.left -= name == self.place
+        if name == self.place and self.left == 0:
+            raise self.error
+        return result
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("at", range(1, 7))
-def test_an_interrupted_generation_leaves_what_its_steps_said(error, at):
-    target, calls = cycle(), []
-
-    class Interrupted(Recorded):
-        def forward(self, ids_T, cache, taps=(), last=None):
-            out = super().forward(ids_T, cache, taps, last)
-            calls.append(1)
-            if len(calls) == at:
-                raise error
-            return out
-
-    cache, tokens = target.new_cache(), []
+@pytest.mark.parametrize(
+    "place, at", [*(("forward", at) for at in range(1, 6)), *(("propose", at) for at in range(1, 6))]
+)
+def test_an_interrupted_generation_leaves_what_its_steps_said(error, place, at):
+    target = cycle()
+    both, cache, tokens = Interrupted(target, right(target), place, at, error), target.new_cache(), []
     with pytest.raises(error):
-        for step in generate(Interrupted(target), [1, 2, 3], right(target), cache=cache):
+        for step in generate(both, [1, 2, 3], both, cache=cache, max_new_tokens=20):
             tokens += step.tokens
     assert cache.tokens == ([1, 2, 3, *tokens[:-1]] if tokens else []) and cache.committed == cache.length
+    rest = emitted(run(target, right(target), tokens[-1:] or [1, 2, 3], sampling=GREEDY, cache=cache, max_new_tokens=9))
+    assert (tokens + rest)[:9] == sequence(target)[:9]
+
+
+def test_logits_that_are_no_numbers_leave_the_cache_as_it_was():
+    class Broken(Recorded):
+        def forward(self, *arguments, **options):
+            out = super().forward(*arguments, **options)
+            out.logits_TV[-1] = np.nan
+            return out
+
+    target = cycle()
+    cache = target.new_cache()
+    with pytest.raises(ValueError, match="nan"):
+        list(generate(Broken(target), [1, 2, 3], right(target), cache=cache))
+    assert cache.tokens == []
 
 
 def test_a_failing_pass_leaves_the_callers_uncommitted_tokens():
@@ -371,6 +402,7 @@ BAD = {
     "no drafts": (dict(num_draft=0), "num_draft must be between 1 and 15, got 0"),
     "many drafts": (dict(num_draft=16), "num_draft must be between 1 and 15, got 16"),
     "no tokens": (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+    "negative seed": (dict(seed=-1), "seed must be at least 0, got -1"),
     "unknown rule": (dict(rule="hope"), "unknown acceptance rule 'hope'"),
     "unknown parameter": (dict(rule="rejection", epsilon=0.1), "no parameter 'epsilon'"),
 }
@@ -399,6 +431,16 @@ def test_a_prompt_that_does_not_fit_behind_what_is_read_is_refused():
     assert cache.length == 4
     with pytest.raises(CacheError):
         target.forward([1] * 7, cache)
+
+
+def test_ids_that_stand_for_media_are_refused_in_a_prompt_and_end_no_generation():
+    target, drafter = pair("window_7")
+    media = dict.fromkeys(range(0, 37, 3), "an image")
+    target = replace(target, config=replace(target.config, placeholders=media))
+    with pytest.raises(ValueError, match="token 3 stands for an image"):
+        generate(target, [1, 3])
+    steps = run(target, replace(drafter, target=target), [1, 2], sampling=Sampling(temperature=8.0))
+    assert len(emitted(steps)) == 60
 
 
 # Presence penalty

@@ -9,7 +9,9 @@ import numpy as np
 from random_models import layers, rope, write_assistant, write_target
 
 import minimtp
+from minimtp import gemma4
 from minimtp.cache import Cache
+from minimtp.checkpoint import open_checkpoint, write_safetensors
 from minimtp.drafting import choose
 from minimtp.layers import Output, token_ids
 
@@ -35,6 +37,18 @@ MODELS = {
         dict(layer_types=layers("fsf"), num_attention_heads=8, num_key_value_heads=1, num_global_key_value_heads=2,
              head_dim=8, global_head_dim=8, sliding_window=20, attention_k_eq_v=True, vocab_size=65, int4=True),
     ),
+    "experts": (
+        9,
+        dict(layer_types=layers("sf"), num_attention_heads=4, num_key_value_heads=2, num_global_key_value_heads=1,
+             head_dim=8, global_head_dim=8, sliding_window=5, attention_k_eq_v=True, vocab_size=45,
+             enable_moe_block=True, num_experts=7, top_k_experts=3, moe_intermediate_size=24),
+    ),
+    "shared_kv": (
+        11,
+        dict(layer_types=layers("sfsf"), num_attention_heads=2, num_key_value_heads=1, num_global_key_value_heads=None,
+             head_dim=8, global_head_dim=16, sliding_window=6, attention_k_eq_v=False, vocab_size=45,
+             num_kv_shared_layers=2, use_double_wide_mlp=True, hidden_size_per_layer_input=8),
+    ),
 }  # fmt: skip
 
 
@@ -45,7 +59,26 @@ def folders(name):
     folder = Path(FOLDER.name) / name
     config = write_target(folder / "target", seed, **TARGET | target)
     write_assistant(folder / "assistant", config, seed, **ASSISTANT)
+    if {"enable_moe_block", "num_kv_shared_layers"} & set(target):
+        complete(folder / "target", folder / "whole", seed)
+        return folder / "whole", folder / "assistant"
     return folder / "target", folder / "assistant"
+
+
+def complete(folder, whole, seed):
+    """Copy a checkpoint and add what write_target leaves out: experts, per-layer inputs, layers of double width."""
+    checkpoint, random = open_checkpoint(folder), np.random.default_rng(seed)
+    arrays = {}
+    for name, shape, kind in gemma4.tensors(gemma4.parse_config(checkpoint.config)).values():
+        name = name.replace("model.", "model.language_model.", 1)
+        if name in checkpoint.tensors and checkpoint.tensors[name].shape == shape:
+            arrays[name] = checkpoint.tensors[name].stored()
+        else:
+            values = random.normal(size=shape) * shape[-1] ** -0.5 if kind != "vector" else random.random(shape) + 0.5
+            arrays[name] = values.astype(np.float32)
+    whole.mkdir()
+    (whole / "config.json").write_bytes((folder / "config.json").read_bytes())
+    write_safetensors(whole / "model.safetensors", arrays)
 
 
 @cache
@@ -58,6 +91,12 @@ def pair(name, dtype="float32", keep="auto"):
 
 def random_ids(count, vocab_size, seed=0):
     return np.random.default_rng(seed).integers(vocab_size, size=count).tolist()
+
+
+def random_prompt(target, count, seed=0):
+    """Random ids that the target can read: none that stands for an image or a sound."""
+    ids = random_ids(2 * count + 9, target.config.vocab_size, seed)
+    return [token for token in ids if token not in target.config.placeholders][:count]
 
 
 def same_bits(a, b):
@@ -122,7 +161,7 @@ class Chain:
 
     def __init__(self, p_VV, capacity=2048):
         self.p_VV, self.capacity = np.asarray(p_VV, np.float64), capacity
-        self.config = SimpleNamespace(vocab_size=len(self.p_VV))
+        self.config = SimpleNamespace(vocab_size=len(self.p_VV), placeholders={})
 
     def new_cache(self, capacity=None):
         return Cache([], capacity or self.capacity)
@@ -164,7 +203,6 @@ class Witness:
         behind = [[position, cache.tokens[position]] for position in range(first - 1, cache.length)]
         assert hidden_ND.tolist() == behind
         assert len(u_K) == num_draft
-        assert cache.committed == cache.length
         return self.inner.propose(new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K)
 
 
