@@ -84,9 +84,13 @@ def matmul(x_TI, w_OI):
         else:
             np.matmul(x_TI, tile.T, out=out_TO[:, slice(*bounds)])
 
+    def quiet(bounds):  # the pool's threads do not inherit what `arithmetic` set
+        with np.errstate(over="ignore", invalid="ignore"):
+            one(bounds)
+
     parts = tiles(*w_OI.shape)
     small = len(parts) == 1 or w_OI.shape[0] * w_OI.shape[1] * 4 < POOL_BYTES
-    for _ in map(one, parts) if small else _pool().map(one, parts):
+    for _ in map(one, parts) if small else _pool().map(quiet, parts):
         pass
     return out_TO
 

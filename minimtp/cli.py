@@ -123,7 +123,7 @@ def _load(arguments):
     if arguments.draft == "none":
         return target, None
     if arguments.draft == "auto" and find_drafter(target) is None:
-        print(f"no drafter beside {target.folder}: one token a pass", file=sys.stderr)
+        print(f"no drafter beside {target.folder} (--draft PATH names one): one token a pass", file=sys.stderr)
         return target, None
     return target, load_drafter(arguments.draft, target, arguments.keep)
 
@@ -162,6 +162,8 @@ def _prompt(arguments):
         prompt = _standard_input().read()
     if prompt == "":
         raise ValueError("the prompt is empty")
+    if prompt is None:
+        print(f"prompt: {json.dumps(PROMPT)}", file=sys.stderr)
     return PROMPT if prompt is None else _checked_text(prompt, "the prompt")
 
 
@@ -232,6 +234,8 @@ def _show_steps(steps, tokenizer, arguments):
 def _shown(steps, tokenizer, arguments):
     """Pass the steps on, each shown as asked: its text streamed, or its trace line, or its JSON."""
     stream, held, shown = tokenizer.stream(), [], False
+    if arguments.trace:
+        print(LEGEND, file=sys.stderr)
     hold = arguments.trace and sys.stdout.isatty()  # a terminal shows the trace first, then the text in one piece
     try:
         for number, step in enumerate(steps):
@@ -270,6 +274,9 @@ FATES = {
     "correction": (">", "33"),
     "bonus": ("*", "36"),
 }
+
+
+LEGEND = "round kept/drafted  + accepted, x rejected, . not looked at, > the target's correction, * the token it adds"
 
 
 def _colours(stream):
@@ -316,7 +323,11 @@ def show_command(arguments):
         name, stored = str(checkpoint.folder), {}
         for tensor in checkpoint.tensors.values():
             stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.data.size
-    report = {"model": name, **memory.describe(config, family.tensors(config), arguments.context)}
+    report = {
+        "model": name,
+        "family": family.__name__.rpartition(".")[2],
+        **memory.describe(config, family.tensors(config), arguments.context),
+    }
     if stored:
         report["stored_bytes"] = {**stored, "total": sum(stored.values())}
     print(json.dumps(report) if arguments.json else _report_text(report))
@@ -325,7 +336,7 @@ def show_command(arguments):
 def _report_text(report):
     experts, kv = report["experts"], report["kv"]
     lines = [
-        report["model"],
+        f"{report['model']} ({report['family']})",
         f"hidden size {report['hidden_size']}, vocabulary {report['vocab_size']}, "
         f"context {report['max_position_embeddings']}, sliding window {report['sliding_window']}",
     ]

@@ -291,7 +291,13 @@ def _unpacked(weight, dtype, dense):
     if isinstance(weight, list):
         return [_unpacked(one, dtype, dense) for one in weight]
     check_finite(weight)
-    return weight.dequantize(dtype) if dense else weight
+    if not dense:
+        return weight
+    with np.errstate(over="ignore"):
+        array = weight.dequantize(dtype)
+    if getattr(weight, "dtype", None) == "F64" and not np.isfinite(array).all():
+        raise CheckpointError(f"{show(weight.name)}: values beyond {dtype}")
+    return array
 
 
 def _plant(params, place, value):

@@ -21,7 +21,7 @@ from tokenizers.models import WordLevel
 import minimtp
 from minimtp.chat import Conversation
 from minimtp.checkpoint import CheckpointError
-from minimtp.cli import BUNDLED, main, trace_line
+from minimtp.cli import BUNDLED, LEGEND, main, trace_line
 from minimtp.loading import bundled
 
 COMMAND = [sys.executable, "-m", "minimtp"]
@@ -99,7 +99,8 @@ def test_drafts_do_not_change_the_text(cli, expected, draft, keep):
 
 def test_the_bundled_model_needs_no_prompt_and_another_does(cli):
     status, out, err = cli("run", "-n", "3")
-    assert status == 0 and out.strip() and CLOSING.fullmatch(err)
+    prompt, closing = err.split("\n", 1)
+    assert status == 0 and out.strip() and prompt == 'prompt: "ROMEO:\\n"' and CLOSING.fullmatch(closing)
     refusal(cli("run", "--model", bundled(BUNDLED)), "no prompt")
 
 
@@ -193,7 +194,8 @@ def test_a_trace_can_be_read_without_colour(cli, expected):
     status, out, err = cli(*SHORT, "--trace")
     assert (status, out) == (0, expected + "\n")
     assert "\033" not in err
-    *rounds, closing = lines(err)
+    legend, *rounds, closing = lines(err)
+    assert all(f"{mark} " in legend for mark in "+x.>*")
     shown = []
     for number, line in enumerate(rounds):
         match = TRACE.fullmatch(line)
@@ -243,7 +245,13 @@ def test_a_terminal_sees_colours_unless_it_asks_not_to(environment, coloured, ex
 def test_text_and_trace_on_one_terminal_do_not_mix(expected):
     done, seen = on_a_terminal(None, {})
     trace, text, closing = seen.partition("\n" + expected + "\n")
-    assert done.returncode == 0 and TRACE.match(re.sub(r"\033\[\d+m", "", trace)) and CLOSING.fullmatch(closing)
+    legend, trace = trace.split("\n", 1)
+    assert (
+        legend == LEGEND
+        and done.returncode == 0
+        and TRACE.match(re.sub(r"\033\[\d+m", "", trace))
+        and CLOSING.fullmatch(closing)
+    )
 
 
 def on_a_terminal(stdout, environment):
@@ -612,7 +620,7 @@ def test_chat_json_and_trace(cli, monkeypatch):
     assert sum(summary["passes"] for summary in summaries) == len(lines(out)) and len(summaries) == 2
     say(monkeypatch, "Hello")
     status, out, err = cli(*CHAT, "--trace")
-    assert status == 0 and all(TRACE.fullmatch(line) for line in lines(err)[:-1])
+    assert status == 0 and all(TRACE.fullmatch(line) for line in lines(err)[1:-1])
 
 
 def test_an_interrupted_answer_does_not_end_the_chat(cli, monkeypatch):
