@@ -28,14 +28,18 @@ class Conversation:
         An answer that is cut short stays in the conversation as far as it came; without any, the question is dropped.
         """
         self.messages.append({"role": "user", "content": content})
-        emitted, text = [], ""
+        emitted, text, read = [], "", 0
         try:
             text = self.template.render(self.messages, **self.template_options)
-            for step in generate(self.target, self._unread(text), cache=self.cache, **options):
+            unread = self._unread(text)
+            read = self.cache.length + len(unread)
+            for step in generate(self.target, unread, cache=self.cache, **options):
                 emitted += step.tokens
                 yield step
         finally:
             self._take_answer(text, emitted)
+            if self.cache.length != read + len(emitted) - 1:  # interrupted between a round and the telling of it
+                self._start_over()
 
     def _unread(self, text):
         """Ids that the cache has not read; all of them, in a new cache, where the template wrote earlier turns anew."""

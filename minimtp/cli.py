@@ -15,6 +15,7 @@ from .checkpoint import CheckpointError
 from .generate import generate
 from .loading import find_drafter, load, load_drafter, open_model, published_config, resolve
 from .sampling import Sampling, recommended
+from .text import ChatTemplateError
 
 BUNDLED = "tiny-gemma4"
 PROMPT = "ROMEO:\n"  # what the bundled model is asked to continue where no prompt is given
@@ -199,7 +200,7 @@ def chat_command(arguments):
     thinking = {} if arguments.think is None else {"enable_thinking": arguments.think}
     conversation = Conversation(target, arguments.system, **thinking)
     options = _generation(arguments, drafter, sampling, target, length=1024)
-    lines = _standard_input()
+    lines, status = _standard_input(), 0
     while (line := _read_line(lines)) not in (None, "/exit"):
         options["seed"] += 1  # the same numbers again would tie one answer to the next
         if line == "/reset":
@@ -209,6 +210,12 @@ def chat_command(arguments):
                 _show_steps(conversation.ask(line, **options), target.tokenizer, arguments)
             except KeyboardInterrupt:  # ends this answer, not the conversation
                 print(file=sys.stderr)
+            except ChatTemplateError:
+                raise
+            except ValueError as error:  # nor does a line that cannot be read
+                print(f"minimtp: {error}", file=sys.stderr)
+                status = 2
+    return status
 
 
 def _read_line(lines):

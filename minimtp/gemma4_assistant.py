@@ -49,10 +49,13 @@ def parse_config(raw):
     """Config from a published assistant's config.json. Raises CheckpointError as gemma4.parse_config does."""
     text = config_value(raw, "text_config", dict)
     count = config_value(text, "num_hidden_layers", int)
-    if config_value(text, "num_kv_shared_layers", int, count) != count:
+    if (text.get("num_kv_shared_layers") or count) != count:  # 0 means all, as in transformers
         raise CheckpointError("config: an assistant's num_kv_shared_layers must be all of its layers")
     vocab_size = config_value(text, "vocab_size", int)
-    config = gemma4.parse_config({**text, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": vocab_size})
+    family = str(raw.get("model_type")).removesuffix("_assistant")
+    config = gemma4.parse_config(
+        {"model_type": f"{family}_text", **text, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": vocab_size}
+    )
     for name, value in (("hidden_size_per_layer_input", config.per_layer_input), ("enable_moe_block", config.experts)):
         if value:
             raise CheckpointError(f"config: an assistant cannot have {name}")

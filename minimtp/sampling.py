@@ -97,7 +97,8 @@ def recommended(config, **overrides):
     overrides: Sampling's own parameters; None leaves the recommendation. do_sample false means temperature 0.
     ValueError names a parameter out of its range.
     """
-    fields = {name: config[name] for name in ("temperature", "top_p", "min_p", "presence_penalty") if config.get(name)}
+    names = ("temperature", "top_p", "min_p", "presence_penalty")
+    fields = {name: config[name] for name in names if config.get(name) is not None}
     if config.get("top_k"):  # 0 is transformers' "no top-k"
         fields["top_k"] = config["top_k"]
     if config.get("suppress_tokens"):

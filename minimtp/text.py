@@ -9,7 +9,12 @@ from tokenizers import Tokenizer as Backend
 
 from .checkpoint import CheckpointError, read_json
 
+MAX_TEXT = 10_000_000  # characters that a chat template may write
 MAX_PENDING = 8  # a character has at most four bytes; more that make none are shown as they are
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that refuses a conversation, or cannot write it down."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +70,23 @@ class ChatTemplate:
     def render(self, messages, **options):
         """Text of a conversation up to where the model's answer begins.
 
-        messages: [{"role": ..., "content": ...}]; options: the template's own, like enable_thinking. Raises ValueError
-        with the template's words where it refuses the messages.
+        messages: [{"role": ..., "content": ...}]; options: the template's own, like enable_thinking. Raises
+        ChatTemplateError with the template's words where it refuses the messages.
         """
         import jinja2
 
+        names = {"messages": messages, "add_generation_prompt": True, **self.tokens, **options}
+        text = ""
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, **self.tokens, **options)
-        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-            raise ValueError(f"chat template: {error}") from None
+            for piece in self.template.generate(**names):
+                text += piece
+                if len(text) > MAX_TEXT:
+                    raise ValueError(f"more than {MAX_TEXT} characters")
+        except (jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise ChatTemplateError(f"chat template: {error}") from None
+        except RecursionError:
+            raise ChatTemplateError("chat template: endless recursion") from None
+        return text
 
 
 def load_tokenizer(folder, vocab_size):
@@ -119,15 +132,17 @@ def _content(token):
 
 def _environment():
     """Jinja as transformers sets it up for chat templates."""
-    from jinja2.exceptions import TemplateError
+    from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Environment(ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj, attribute):  # Jinja would write nothing in its place, and go on
+            raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe.")
 
     def refuse(message):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment
