@@ -13,7 +13,7 @@ from .bench import measure, summarize
 from .chat import Conversation
 from .checkpoint import CheckpointError
 from .generate import generate
-from .loading import find_drafter, load, load_drafter, open_model, published_config, resolve
+from .loading import bundled, find_drafter, load, load_drafter, open_model, published_config
 from .sampling import Sampling, recommended
 from .text import ChatTemplateError
 
@@ -22,7 +22,10 @@ PROMPT = "ROMEO:\n"  # what the bundled model is asked to continue where no prom
 
 
 def main(argv=None):
-    """Run one command -> its exit status: 0 done, 2 bad use or bad input (one line says why), 130 interrupted."""
+    """Run one command -> its exit status.
+
+    0 done, 1 a check found a difference, 2 bad use or input (one line says why), 130 interrupted, 141 the reader left.
+    """
     arguments = _parser().parse_args(argv)
     _prepare_streams()
     try:
@@ -202,12 +205,12 @@ def chat_command(arguments):
     options = _generation(arguments, drafter, sampling, target, length=1024)
     lines, status = _standard_input(), 0
     while (line := _read_line(lines)) not in (None, "/exit"):
-        options["seed"] += 1  # the same numbers again would tie one answer to the next
         if line == "/reset":
             conversation.reset()
         elif line:
             try:
                 _show_steps(conversation.ask(line, **options), target.tokenizer, arguments)
+                options["seed"] += 1  # the same numbers again would tie one answer to the next
             except KeyboardInterrupt:  # ends this answer, not the conversation
                 print(file=sys.stderr)
             except ChatTemplateError:
@@ -395,11 +398,12 @@ def bench_command(arguments):
     length = 128 if arguments.max_new_tokens is None else arguments.max_new_tokens
     report = measure(target, drafter, prompts, arguments.num_draft, length)
     print(json.dumps(report, indent=None if arguments.json else 2))
+    return 0 if report.get("identical", True) else 1
 
 
 def _pieces(arguments, tokenizer):
     """Evenly spaced pieces of a text, each of as many tokens."""
-    path, size = Path(arguments.text) if arguments.text else resolve("heldout.txt"), arguments.prompt_tokens
+    path, size = Path(arguments.text) if arguments.text else bundled("heldout.txt"), arguments.prompt_tokens
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
     ids = tokenizer.encode(_checked_text(text, path), special=False)
     if arguments.prompts < 1 or size < 1 or len(ids) < arguments.prompts * size:

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import gemma4, gemma4_assistant
 from .backend import to_host
+from .layers import token_ids
 from .sampling import draw
 
 
@@ -18,7 +19,7 @@ from .sampling import draw
 class Draft:
     """Draft tokens and their law: q_KV [K, V] that they were drawn from, or None for point masses (argmax drafts).
 
-    soft_KV: the drafter's soft law beside a point mass; only the exhibit rule `hf-gemma4` looks at it.
+    soft_KV: the drafter's soft law beside a point mass, for rules that look at it; none here does so yet.
     """
 
     tokens: tuple
@@ -42,8 +43,10 @@ class Drafter(Protocol):
         """
 
 
-def check_news(new_tokens_N, hidden_ND, cache):
+def check_news(new_tokens_N, hidden_ND, cache, num_draft):
     """Raise ValueError unless the new tokens continue the sequence in the cache, each with its hidden state."""
+    if num_draft < 0:
+        raise ValueError(f"num_draft is {num_draft}, wanted 0 or more")
     count = len(new_tokens_N)
     if not count or len(hidden_ND) != count:
         raise ValueError(f"{count} new tokens with {len(hidden_ND)} hidden states: expected one for each, at least one")
@@ -86,7 +89,13 @@ class GemmaAssistant:
         return gemma4_assistant.step(self.params, self.config, embedded_D, hidden_D, lent, cache.length, *options)
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
-        check_news(new_tokens_N, hidden_ND, cache)
+        check_news(new_tokens_N, hidden_ND, cache, num_draft)
+        token_ids(new_tokens_N, self.config.vocab_size)
+        wanted = (len(new_tokens_N), self.config.backbone_hidden_size)
+        if np.shape(hidden_ND) != wanted:
+            raise ValueError(f"hidden_ND has shape {np.shape(hidden_ND)}, wanted {wanted}")
+        if sampling.temperature and len(u_K) < num_draft:
+            raise ValueError(f"{len(u_K)} uniforms for {num_draft} drawn draft tokens")
         token, hidden_D, tokens, laws = new_tokens_N[-1], hidden_ND[-1], [], []
         for j in range(num_draft):
             logits_V, hidden_D = self.forward(token, hidden_D, cache)
@@ -106,7 +115,7 @@ class PromptLookup:
     max_ngram: int = 3
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
-        check_news(new_tokens_N, hidden_ND, cache)
+        check_news(new_tokens_N, hidden_ND, cache, num_draft)
         tokens = np.array([*cache.tokens, new_tokens_N[-1]])
         return Draft(self._continuation(tokens)[:num_draft])
 
@@ -129,5 +138,5 @@ class Scripted:
     script: object
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
-        check_news(new_tokens_N, hidden_ND, cache)
+        check_news(new_tokens_N, hidden_ND, cache, num_draft)
         return Draft(self.script(cache.length + 1, num_draft)[:num_draft])

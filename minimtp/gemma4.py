@@ -403,6 +403,8 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
     Depends on its arguments alone; the cache afterwards holds the tokens, or is as before where this raises.
     """
     ids_T = token_ids(ids_T, config.vocab_size, config.placeholders)
+    if last is not None and last < 0:
+        raise ValueError(f"last is {last}, wanted None or a number of rows")
     tap = Taps(taps, len(config.layers))
     with arithmetic(), cache.reading(ids_T) as start:
         positions_T = np.arange(start, start + len(ids_T))

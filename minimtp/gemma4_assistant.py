@@ -34,15 +34,11 @@ class Clusters:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(gemma4.Config):
     """The assistant's own text model, all of whose layers borrow KV, and the width of the target's hidden state."""
 
-    text: gemma4.Config
     backbone_hidden_size: int
     clusters: Clusters | None
-
-    def __getattr__(self, name):  # hidden_size, layers and the rest are the text model's
-        return getattr(self.text, name)
 
 
 def parse_config(raw):
@@ -69,7 +65,8 @@ def parse_config(raw):
         if config.vocab_size % centroids or top_k > centroids:
             raise CheckpointError(f"config: {centroids} centroids, {top_k} chosen, for {config.vocab_size} tokens")
         clusters = Clusters(centroids, top_k)
-    return Config(replace(config, layers=layers), config_value(raw, "backbone_hidden_size", int), clusters)
+    backbone_hidden_size = config_value(raw, "backbone_hidden_size", int)
+    return Config(**{**vars(config), "layers": layers}, backbone_hidden_size=backbone_hidden_size, clusters=clusters)
 
 
 def check_fits(config, target):
@@ -77,10 +74,10 @@ def check_fits(config, target):
     pairs = [
         ("vocabulary", config.vocab_size, target.vocab_size),
         ("backbone hidden size", config.backbone_hidden_size, target.hidden_size),
-        ("sliding window", config.text.sliding_window, target.sliding_window),
+        ("sliding window", config.sliding_window, target.sliding_window),
     ]
     lent = {layer.kind: layer for layer in target.layers if layer.owns_kv}
-    for layer in config.text.layers:
+    for layer in config.layers:
         if layer.kind not in lent:
             raise CheckpointError(f"drafter does not fit its target: no {layer.kind} layer to borrow KV from")
         donor = lent[layer.kind]
@@ -92,8 +89,8 @@ def check_fits(config, target):
 
 def tensors(config):
     """Every tensor of the assistant, as in gemma4.tensors. It has no keys or values, and no place for any."""
-    d, B = config.text.hidden_size, config.backbone_hidden_size
-    table = {place: spec for place, spec in gemma4.tensors(config.text).items() if spec[2] != "unused"}
+    d, B = config.hidden_size, config.backbone_hidden_size
+    table = {place: spec for place, spec in gemma4.tensors(config).items() if spec[2] != "unused"}
     table["pre_projection"] = ("pre_projection.weight", (d, 2 * B), "linear")
     table["post_projection"] = ("post_projection.weight", (B, d), "linear")
     if config.clusters:
@@ -122,18 +119,18 @@ def step(
     mlx-vlm). window_edge: "inclusive" shows sliding layers window + 1 keys (transformers), "exclusive" those at
     distance < window from the query (llama.cpp, mlx-vlm). unchosen: see UNCHOSEN.
     """
-    text, dtype = config.text, hidden_B.dtype
+    dtype = hidden_B.dtype
     at = length if position == "bonus" else length - 1
-    first = length - 1 - text.sliding_window if window_edge == "inclusive" else at + 1 - text.sliding_window
+    first = length - 1 - config.sliding_window if window_edge == "inclusive" else at + 1 - config.sliding_window
     end_T = np.array([length])
     spans = {"sliding": (np.maximum(np.array([first]), 0), end_T), "full": (np.zeros_like(end_T), end_T)}
     with arithmetic():
-        ropes = gemma4.rope_tables(text, np.array([at]), dtype)
+        ropes = gemma4.rope_tables(config, np.array([at]), dtype)
         x_TD = matmul(np.concatenate([embedded_B, hidden_B])[None], params.pre_projection)
-        for layer, w in zip(text.layers, params.layers):
+        for layer, w in zip(config.layers, params.layers):
             kv, rope, span = lent[layer.kind], ropes[layer.kind], spans[layer.kind]
-            x_TD = gemma4.decoder_layer(x_TD, w, layer, text, rope, kv, span, no_tap)
-        x_TD = rms_norm(x_TD, params.norm, text.rms_norm_eps)
+            x_TD = gemma4.decoder_layer(x_TD, w, layer, config, rope, kv, span, no_tap)
+        x_TD = rms_norm(x_TD, params.norm, config.rms_norm_eps)
         return head(x_TD, params, config, unchosen)[0], matmul(x_TD, params.post_projection)[0]
 
 

@@ -58,8 +58,9 @@ def generate(
 
     Without a drafter every step emits one token. draft_sampling: None is as `sampling`; at temperature 0 drafts are
     point masses. stop: ids that end the text, emitted last. parameters: the rule's own. One seed replays a run exactly.
-    cache: continue it with prompt_ids; after every step it has read all tokens but the last one emitted, also where a
-    round fails or is interrupted. Generation ends early where the cache is full.
+    cache: continue it with prompt_ids; after every step it has read all tokens but the last one emitted. So it has
+    where a round fails or is interrupted, unless after its commit: then it is one round further than the steps told.
+    Generation ends early where the cache is full.
 
     Raises ValueError, before anything is read, for arguments that make no sense or a prompt that does not fit.
     """
@@ -67,6 +68,9 @@ def generate(
     prompt_ids, stop = token_ids(prompt_ids, target.config.vocab_size, never), frozenset(stop)
     cache = target.new_cache() if cache is None else cache
     exact_law(rule, np.ones(1), 0, **parameters)  # raises for an unknown rule or parameter
+    for name, value in (("num_draft", num_draft), ("max_new_tokens", max_new_tokens), ("seed", seed)):
+        if not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
     if not 1 <= num_draft < ROWS:
         raise ValueError(f"num_draft must be between 1 and {ROWS - 1}, got {num_draft}")
     if max_new_tokens < 1:
@@ -80,8 +84,8 @@ def generate(
     draft_sampling = replace(draft_sampling or sampling, suppress=(*(draft_sampling or sampling).suppress, *never))
     rng, emitted, budget = np.random.default_rng(seed), [], min(max_new_tokens, room + 1)
 
-    def finished(tokens):
-        return len(tokens) == budget or tokens[-1] in stop
+    def finished(count, last):
+        return count == budget or last in stop
 
     def settle(unread, out, draft):
         """Decide about a pass, un-read what was rejected -> (verdict, its uniforms, tokens, news, behind)."""
@@ -91,7 +95,7 @@ def generate(
         cache.rollback(len(draft.tokens) + 1 - len(tokens))  # the last token emitted is always left to be read
         news = [*unread, *tokens]
         behind_ND = out.hidden_TD[: len(news)]
-        if drafter is not None and finished([*emitted, *tokens]):
+        if drafter is not None and finished(len(emitted) + len(tokens), tokens[-1]):
             drafter.propose(news, behind_ND, cache, 0, draft_sampling, ())
         cache.commit()
         emitted.extend(tokens)
@@ -105,7 +109,7 @@ def generate(
         while True:
             accepted, seconds = min(verdict.accepted, len(tokens)), time.perf_counter() - clock
             yield Step(tuple(tokens), len(draft.tokens), accepted, seconds, draft, verdict, tuple(u_J), tuple(draft_u))
-            if finished(emitted):
+            if finished(len(emitted), tokens[-1]):
                 return
             clock = time.perf_counter()
             if drafter is not None:

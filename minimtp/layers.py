@@ -26,7 +26,10 @@ class Output(NamedTuple):
 
 
 class Taps:
-    """Watches a pass: called with a name and a value, keeps a copy of the value if the name was asked for."""
+    """Watches a pass: called with a name and a value, keeps a copy of the value if the name was asked for.
+
+    What comes by as "layer.N.experts", the experts chosen, is also counted.
+    """
 
     PARTS = ("in", "attn", "mlp", "experts", "out")
 

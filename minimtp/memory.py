@@ -79,9 +79,10 @@ def describe(config, table, context, itemsize=4):
 
 
 def kv_bytes(config, context, itemsize):
-    """Bytes of keys and values by layer kind for a context of that many tokens, as the cache holds them.
+    """Bytes of the keys and values needed by layer kind for a context of that many tokens.
 
-    A sliding layer holds at most window + 1 committed tokens; what a pass has not yet committed comes on top.
+    A sliding layer needs at most window + 1 committed tokens. What a pass has not yet committed comes on top, and the
+    buffers' free slots: 16 in a sliding layer, up to as many again in a full one whose cache was given no capacity.
     """
     total = {layer.kind: 0 for layer in config.layers if layer.owns_kv}
     for layer in config.layers:

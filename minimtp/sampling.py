@@ -36,9 +36,9 @@ class Sampling:
             _require("top_p", self.top_p, Real, lambda v: 0 < v <= 1, "None or a number in (0, 1]")
         if self.min_p is not None:
             _require("min_p", self.min_p, Real, lambda v: 0 <= v <= 1, "None or a number in [0, 1]")
+        object.__setattr__(self, "suppress", tuple(self.suppress))  # a list is welcome; frozen things hold tuples
         for token in self.suppress:
             _require("suppress", token, Integral, lambda v: v >= 0, "token ids >= 0")
-        object.__setattr__(self, "suppress", tuple(self.suppress))  # a list is welcome; frozen things hold tuples
 
     def law(self, logits_TV, history=()):
         """The float64 law of each row: logits [T, V] or [V] -> the same shape.
@@ -94,8 +94,9 @@ NEUTRAL = {
 def recommended(config, **overrides):
     """The Sampling that a checkpoint's generation_config.json recommends -> (Sampling, names of fields not honoured).
 
-    overrides: Sampling's own parameters; None leaves the recommendation. do_sample false means temperature 0.
-    ValueError names a parameter out of its range.
+    overrides: Sampling's own parameters; None leaves the recommendation. do_sample false means temperature 0; absent,
+    that the checkpoint means to be sampled from (transformers takes it for greedy). ValueError names what is
+    out of its range.
     """
     names = ("temperature", "top_p", "min_p", "presence_penalty")
     fields = {name: config[name] for name in names if config.get(name) is not None}

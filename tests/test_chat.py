@@ -623,7 +623,7 @@ def spoken(contents, system=None, **options):
     conversation, drafter = Conversation(target(), system), minimtp.load_drafter("auto", target())
     options = dict(stop=target().stop_ids, max_new_tokens=12, drafter=drafter) | options
     replies = []
-    for seed, content in enumerate(contents, 1):
+    for seed, content in enumerate(contents):
         ids = [token for step in conversation.ask(content, seed=seed, **options) for token in step.tokens]
         replies.append(target().tokenizer.decode(ids))
     return replies

@@ -230,3 +230,21 @@ def test_the_search_knows_a_machine():
         assert PRIVATE.search(text)
     for text in ("https://x.org/home/page", "a/root/x", "$HOME/x", "and/or", "~/work/x"):
         assert not PRIVATE.search(text)
+
+
+def documents():
+    return [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), PROJECT / "weights" / "README.md"]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_a_document_names_only_what_is_there(path):
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(r"\b((?:tests|docs|weights|minimtp)/[\w/.-]*\w)", text)
+    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    missing = [name for name in named if not (PROJECT / name).exists()]
+    assert not missing + [target for target in linked if not (path.parent / target).exists()]
+
+
+def test_the_module_table_is_the_order_that_is_held():
+    table = re.findall(r"^\| `(\w+)\.py`", (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.M)
+    assert table == [name for name in ORDER if name in MODULES]
