@@ -1,5 +1,7 @@
 """A conversation with a model, whose cache is kept between turns."""
 
+from itertools import takewhile
+
 from .checkpoint import CheckpointError
 from .generate import generate
 
@@ -33,7 +35,7 @@ class Conversation:
             text = self.template.render(self.messages, **self.template_options)
             unread = self._unread(text)
             read = self.cache.length + len(unread)
-            for step in generate(self.target, unread, cache=self.cache, **options):
+            for step in generate(self.target, unread, cache=self.cache, commit=False, **options):
                 emitted += step.tokens
                 yield step
         finally:
@@ -42,12 +44,24 @@ class Conversation:
                 self._start_over()
 
     def _unread(self, text):
-        """Ids that the cache has not read; all of them, in a new cache, where the template wrote earlier turns anew."""
-        encode = self.target.tokenizer.encode
+        """Ids of the text that the cache has not read.
+
+        A template may write the last answer anew, without its thoughts for one: then it is un-read back to where the
+        texts part, which is why `ask` leaves it uncommitted. Where they part even earlier, all is read again.
+        """
+        encode, cache = self.target.tokenizer.encode, self.cache
         if self.written and text.startswith(self.written):
-            return [*self.pending, *encode(text[len(self.written) :], special=False)]
-        self._start_over()
-        return encode(text, special=False)
+            ids = [*self.pending, *encode(text[len(self.written) :], special=False)]
+        else:
+            ids = encode(text, special=False)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cache.tokens, ids[:-1])))
+            if same < cache.committed:
+                self._start_over()
+                return ids
+            cache.rollback(cache.length - same)
+            ids = ids[same:]
+        cache.commit()
+        return ids
 
     def _take_answer(self, text, emitted):
         if not emitted:

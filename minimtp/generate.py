@@ -52,6 +52,7 @@ def generate(
     stop=(),
     seed=0,
     cache=None,
+    commit=True,
     **parameters,
 ):
     """Generate after prompt_ids -> an iterator of Steps, the first of them from reading the prompt.
@@ -60,7 +61,7 @@ def generate(
     point masses. stop: ids that end the text, emitted last. parameters: the rule's own. One seed replays a run exactly.
     cache: continue it with prompt_ids; after every step it has read all tokens but the last one emitted. So it has
     where a round fails or is interrupted, unless after its commit: then it is one round further than the steps told.
-    Generation ends early where the cache is full.
+    Generation ends early where the cache is full. commit: whether rounds commit; without, the caller can un-read them.
 
     Raises ValueError, before anything is read, for arguments that make no sense or a prompt that does not fit.
     """
@@ -97,14 +98,15 @@ def generate(
         behind_ND = out.hidden_TD[: len(news)]
         if drafter is not None and finished(len(emitted) + len(tokens), tokens[-1]):
             drafter.propose(news, behind_ND, cache, 0, draft_sampling, ())
-        cache.commit()
+        if commit:
+            cache.commit()
         emitted.extend(tokens)
         return verdict, u_J, tokens, news, behind_ND
 
     def rounds():
         draft, draft_u, clock = NO_DRAFT, (), time.perf_counter()
         with _all_or_nothing(cache):
-            unread, out = _read_prompt(target, prompt_ids, drafter, draft_sampling, cache)
+            unread, out = _read_prompt(target, prompt_ids, drafter, draft_sampling, cache, commit)
             verdict, u_J, tokens, news, behind_ND = settle(unread, out, draft)
         while True:
             accepted, seconds = min(verdict.accepted, len(tokens)), time.perf_counter() - clock
@@ -135,8 +137,8 @@ def _all_or_nothing(cache):
         raise
 
 
-def _read_prompt(target, prompt_ids, drafter, draft_sampling, cache):
-    """Read the prompt, the drafter along with it, and commit all but the last chunk.
+def _read_prompt(target, prompt_ids, drafter, draft_sampling, cache, commit):
+    """Read the prompt, the drafter along with it, and commit (where asked to) all but the last chunk.
 
     -> (what the drafter has yet to read, the last chunk's output)
     """
@@ -146,7 +148,8 @@ def _read_prompt(target, prompt_ids, drafter, draft_sampling, cache):
         if stop < len(prompt_ids):
             if drafter is not None:
                 drafter.propose(news, out.hidden_TD, cache, 0, draft_sampling, ())
-            cache.commit()
+            if commit:
+                cache.commit()
     return news, out
 
 

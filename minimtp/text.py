@@ -86,6 +86,8 @@ class ChatTemplate:
             raise ChatTemplateError(f"chat template: {error}") from None
         except RecursionError:
             raise ChatTemplateError("chat template: endless recursion") from None
+        except MemoryError:
+            raise ChatTemplateError("chat template: more text than there is memory for") from None
         return text
 
 
@@ -113,14 +115,16 @@ def load_chat_template(folder):
     config = Path(folder) / "tokenizer_config.json"
     settings = read_json(config) if config.is_file() else {}
     path = Path(folder) / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-    if isinstance(source, list):  # several by name; the conversation's is called "default"
-        source = next((e.get("template") for e in source if isinstance(e, dict) and e.get("name") == "default"), None)
-    if source is None:
-        return None
     try:
+        source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+        if isinstance(source, list):  # several by name; the conversation's is called "default"
+            source = next(
+                (e.get("template") for e in source if isinstance(e, dict) and e.get("name") == "default"), None
+            )
+        if source is None:
+            return None
         template = _environment().from_string(source)
-    except (jinja2.TemplateError, TypeError) as error:
+    except (jinja2.TemplateError, TypeError, SyntaxError, RecursionError, UnicodeError) as error:
         raise CheckpointError(f"{folder}: chat template: {error}") from None
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     return ChatTemplate(template, {name: _content(settings[name]) for name in names if settings.get(name)})
