@@ -55,20 +55,25 @@ def _rates(runs):
 
 
 def pass_costs(target, prompt, widest, repeats=30):
-    """Time of passes of each width after the same prompt: medians of passes taken in turn, and over that of width 1."""
+    """Time of passes of each width after the same prompt: medians of passes taken in turn, and over that of width 1.
+
+    The tokens are the prompt's last ones; with experts, also how many of them each width reads.
+    """
     cache = target.new_cache()
     target.forward(prompt, cache, last=0)
     cache.commit()
-    times = {width: [] for width in range(1, widest + 1)}
+    times, experts = {width: [] for width in range(1, widest + 1)}, {}
     for _ in range(repeats):
         for width in times:
             start = time.perf_counter()
-            target.forward(prompt[:1] * width, cache)
+            out = target.forward((prompt * width)[-width:], cache)
             times[width].append(time.perf_counter() - start)
             cache.rollback(width)
+            experts[width] = out.experts_read
     seconds = {width: median(taken) for width, taken in times.items()}
     cost = {width: taken / seconds[1] for width, taken in seconds.items()}
-    return {"seconds_by_width": seconds, "cost_by_width": cost, "cost_of_verification": cost[widest]}
+    report = {"seconds_by_width": seconds, "cost_by_width": cost, "cost_of_verification": cost[widest]}
+    return {**report, "experts_by_width": experts} if any(experts.values()) else report
 
 
 def peak_bytes():

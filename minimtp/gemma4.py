@@ -90,6 +90,7 @@ class Config:
     ropes: dict
     layers: tuple
     placeholders: dict
+    tied: bool
 
 
 # Configuration
@@ -125,6 +126,7 @@ def parse_config(raw):
         ropes=_parse_ropes(text, {layer.kind for layer in layers}),
         layers=layers,
         placeholders=_placeholders(raw, vocab_size),
+        tied=config_value(text, "tie_word_embeddings", bool, config_value(raw, "tie_word_embeddings", bool, True)),
     )
 
 
@@ -238,7 +240,6 @@ def _refuse_unsupported(text):
         "attention_bias": (False, None),
         "use_bidirectional_attention": ("vision", None),  # concerns image tokens only
         "hidden_activation": ("gelu_pytorch_tanh", None),
-        "tie_word_embeddings": (True, None),
         "rope_scaling": (None,),  # how older models wrote rope_parameters
     }
     for name, values in only.items():
@@ -270,6 +271,8 @@ def tensors(config):
             place = name.removesuffix(".weight").removeprefix("self_attn.").removeprefix("mlp.").replace(".", "_")
             table[f"layers.{i}.{place}"] = f"model.layers.{i}.{name}", shape, kind
     table["norm"] = ("model.norm.weight", (D,), "vector")
+    if not config.tied:
+        table["lm_head"] = ("lm_head.weight", (config.vocab_size, D), "embedding")
     return table
 
 
@@ -421,7 +424,8 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
             x_TD = decoder_layer(x_TD, w, layer, config, rope, kv, span, tap.within(f"layer.{i}"), per_layer_TP)
         hidden_TD = tap("final_norm", rms_norm(x_TD, params.norm, config.rms_norm_eps))
         rows = hidden_TD if last is None else hidden_TD[max(0, len(ids_T) - last) :]
-        logits_TV = tap("logits", softcap(matmul(rows, params.embed_tokens), config.final_logit_softcapping))
+        head_VD = params.embed_tokens if config.tied else params.lm_head
+        logits_TV = tap("logits", softcap(matmul(rows, head_VD), config.final_logit_softcapping))
     return Output(logits_TV, hidden_TD, *tap.collected())
 
 

@@ -52,7 +52,11 @@ def parse_config(raw):
     config = gemma4.parse_config(
         {"model_type": f"{family}_text", **text, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": vocab_size}
     )
-    for name, value in (("hidden_size_per_layer_input", config.per_layer_input), ("enable_moe_block", config.experts)):
+    for name, value in (
+        ("hidden_size_per_layer_input", config.per_layer_input),
+        ("enable_moe_block", config.experts),
+        ("an untied head", not config.tied),
+    ):
         if value:
             raise CheckpointError(f"config: an assistant cannot have {name}")
     layers = tuple(replace(layer, owns_kv=False) for layer in config.layers)

@@ -178,9 +178,9 @@ def resolve(path):
 
 def _read_params(checkpoint, family, config, dtype, keep):
     """The parameters as a tree of names; every tensor of the checkpoint is used exactly once, or skipped by name."""
-    tensors, prefix = _wanted_tensors(checkpoint, family.SKIPPED), _prefix(checkpoint)
     quantization = parse_quantization(checkpoint.config)
     table = family.tensors(config)
+    tensors, prefix = _wanted_tensors(checkpoint, family.SKIPPED, table), _prefix(checkpoint)
     if keep == "auto":
         dense_bytes = sum(int(np.prod(shape)) for _, shape, _ in table.values()) * dtype.itemsize
         keep = "dense" if dense_bytes <= _free_memory() // 2 else "packed"
@@ -202,12 +202,13 @@ def _prefix(checkpoint):
     return next((p for p in PREFIXES if any(name.startswith(p) for name in checkpoint.tensors)), "model.")
 
 
-def _wanted_tensors(checkpoint, skipped):
-    """The checkpoint's tensors, less other towers' and the second copy of the tied head that some exports have."""
+def _wanted_tensors(checkpoint, skipped, table):
+    """The checkpoint's tensors, less other towers' and the second copy of a tied head that some exports have."""
     tensors = {name: raw for name, raw in checkpoint.tensors.items() if not name.startswith(skipped)}
     head, embedding = tensors.get("lm_head.weight"), tensors.get(f"{_prefix(checkpoint)}embed_tokens.weight")
-    if head is not None and embedding is not None and (head.dtype, head.shape) == (embedding.dtype, embedding.shape):
-        if np.array_equal(head.data, embedding.data):
+    if "lm_head" not in table and head is not None and embedding is not None:
+        same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+        if same and np.array_equal(head.data, embedding.data):
             del tensors["lm_head.weight"]
     return tensors
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, replace
 
 COMPONENTS = {  # the last part of a tensor's place -> what it counts as
-    **dict.fromkeys(("embed_tokens", "centroids"), "embedding"),
+    **dict.fromkeys(("embed_tokens", "lm_head", "centroids"), "embedding"),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention"),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
     **dict.fromkeys(("experts_gate_up_proj", "experts_down_proj", "router_proj"), "experts"),

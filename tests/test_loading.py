@@ -253,6 +253,20 @@ def test_a_second_copy_of_the_tied_head_is_accepted_and_another_head_is_not(tmp_
     refused("'lm_head.weight'", minimtp.load, edit_tensors(tmp_path / "model", another))
 
 
+def test_an_untied_head_is_the_one_that_is_used(tmp_path):
+    write_target(tmp_path / "model", 1, **SIZES, layout="nested", store_lm_head=True)
+    tied = minimtp.load(tmp_path / "model", dtype="float64")
+    text_field("tie_word_embeddings", False)(tmp_path / "model")
+    untied = minimtp.load(tmp_path / "model", dtype="float64")
+    assert not untied.config.tied and np.array_equal(logits(tied), logits(untied))
+
+    def another(tensors):
+        tensors["lm_head.weight"][1][:] *= -1
+
+    other = minimtp.load(edit_tensors(tmp_path / "model", another), dtype="float64")
+    assert np.array_equal(logits(other), -logits(tied))
+
+
 def test_a_file_may_be_named_instead_of_its_folder(plain):
     assert same_model(minimtp.load(plain), minimtp.load(plain / "model.safetensors"))
 
@@ -496,7 +510,7 @@ WRONG_CONFIGS = {
     "biases": (text_field("attention_bias", True), "attention_bias True"),
     "bidirectional": (text_field("use_bidirectional_attention", "all"), "use_bidirectional_attention 'all'"),
     "activation": (text_field("hidden_activation", "silu"), "hidden_activation 'silu'"),
-    "untied": (text_field("tie_word_embeddings", False), "tie_word_embeddings False"),
+    "untied": (text_field("tie_word_embeddings", False), "'lm_head.weight' is missing"),
     "yarn": (text_field(f"{FULL}.rope_type", "yarn"), "rope_type 'yarn' of full_attention"),
     "linear rope": (text_field(f"{SLIDING}.rope_type", "linear"), "rope_type 'linear' of sliding_attention"),
     "rope type a list": (text_field(f"{SLIDING}.rope_type", ["default"]), "rope_type"),

@@ -19,6 +19,7 @@ from tiny import FOLDER, Restless, emitted, greedy, random_ids, same_bits
 
 import minimtp
 from minimtp import Scripted, gemma4, generate
+from minimtp.bench import pass_costs
 from minimtp.memory import kv_bytes
 
 WIDE = 24  # tokens of a pass that is computed by GEMM
@@ -391,6 +392,17 @@ def test_wider_passes_read_more_experts_but_less_than_in_proportion():
 def test_without_experts_none_are_read(name):
     target = load_target(name)
     assert target.forward([1, 2], target.new_cache()).experts_read == 0
+
+
+def test_the_benchmark_says_how_many_experts_a_width_reads():
+    assert "experts_by_width" not in pass_costs(load_target("e2b"), ids_for("e2b", 9), 2, repeats=1)
+    target, ids_T = load_target("26b"), ids_for("26b", 9)
+    counted = pass_costs(target, ids_T, 5, repeats=1)["experts_by_width"]
+    kv = target.new_cache()
+    target.forward(ids_T, kv)
+    for width, experts in counted.items():
+        assert target.forward(ids_T[-width:], kv).experts_read == experts
+        kv.rollback(width)
 
 
 # Centroid heads ------------------------------------------------------------------------------------------------------
