@@ -340,52 +340,7 @@ def show_command(arguments):
     }
     if stored:
         report["stored_bytes"] = {**stored, "total": sum(stored.values())}
-    print(json.dumps(report) if arguments.json else _report_text(report))
-
-
-def _report_text(report):
-    experts, kv = report["experts"], report["kv"]
-    lines = [
-        f"{report['model']} ({report['family']})",
-        f"hidden size {report['hidden_size']}, vocabulary {report['vocab_size']}, "
-        f"context {report['max_position_embeddings']}, sliding window {report['sliding_window']}",
-    ]
-    if report["per_layer_input"]:
-        lines.append(f"per-layer input of width {report['per_layer_input']}")
-    if experts:
-        lines.append(f"{experts['count']} experts of width {experts['intermediate_size']}, {experts['top_k']} a token")
-    lines += ["", "layers"]
-    for plan in report["layers"]:
-        own = (
-            f"{plan['kv_heads']} kv heads" + (" (k = v)" if plan["k_eq_v"] else "")
-            if plan["owns_kv"]
-            else "borrowed kv"
-        )
-        sizes = f"{plan['heads']} heads, {own}, of {plan['head_dim']}; feed-forward {plan['intermediate_size']}"
-        lines.append(f"  {len(plan['at']):3} {plan['kind']:8} {sizes}; at {_ranges(plan['at'])}")
-    lines += _table("parameters", report["parameters"])
-    lines += _table("bytes in a published format", report["bytes"])
-    if "stored_bytes" in report:
-        lines += _table("bytes stored here, by type", report["stored_bytes"])
-    if kv["bytes"]:
-        lines += _table(f"bytes of KV a token, {kv['itemsize']} bytes a number", kv["bytes_per_token"])
-        lines += _table(f"bytes of KV at {kv['context']} tokens", kv["bytes"])
-    return "\n".join(lines)
-
-
-def _table(title, rows):
-    return ["", title, *(f"  {name:16} {count:>18,}" for name, count in rows.items())]
-
-
-def _ranges(numbers):
-    """[0, 1, 2, 5] -> '0-2 5'"""
-    runs = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    print(json.dumps(report) if arguments.json else memory.report_text(report))
 
 
 # bench
