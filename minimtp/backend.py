@@ -75,6 +75,8 @@ def matmul(x_TI, w_OI):
     tokens each is multiplied by itself, so its result does not depend on how many share the pass.
     """
     out_TO = np.empty((len(x_TI), w_OI.shape[0]), x_TI.dtype)
+    if not len(x_TI):
+        return out_TO  # nothing to unpack the weight for
     x_TI1 = np.ascontiguousarray(x_TI)[:, :, None]
 
     def one(bounds):

@@ -39,9 +39,7 @@ class Conversation:
                 emitted += step.tokens
                 yield step
         finally:
-            self._take_answer(text, emitted)
-            if self.cache.length != read + len(emitted) - 1:  # interrupted between a round and the telling of it
-                self._start_over()
+            self._take_answer(text, emitted, read)
 
     def _unread(self, text):
         """Ids of the text that the cache has not read.
@@ -63,14 +61,18 @@ class Conversation:
         cache.commit()
         return ids
 
-    def _take_answer(self, text, emitted):
-        if not emitted:
+    def _take_answer(self, text, emitted, read):
+        """Note what was emitted after a text with which the cache had read that many tokens."""
+        decode = self.target.tokenizer.decode
+        if emitted:
+            said = emitted[:-1] if emitted[-1] in self.target.stop_ids else emitted
+            self.messages.append({"role": "assistant", "content": decode(said, special=True)})
+            self.written, self.pending = text + decode(emitted, special=True), emitted[-1:]
+        else:
             self.messages.pop()
+        untold = self.cache.length != read + len(emitted) - 1  # interrupted between a round and the telling of it
+        if untold or not emitted:
             self._start_over()
-            return
-        decode, ended = self.target.tokenizer.decode, emitted[-1] in self.target.stop_ids
-        self.messages.append({"role": "assistant", "content": decode(emitted[: -1 if ended else None], special=True)})
-        self.written, self.pending = text + decode(emitted, special=True), emitted[-1:]
 
     def _start_over(self):
         self.cache, self.written, self.pending = self.target.new_cache(), "", []

@@ -132,6 +132,10 @@ def _load(arguments):
     return target, load_drafter(arguments.draft, target, arguments.keep)
 
 
+def _length(arguments, default):
+    return default if arguments.max_new_tokens is None else arguments.max_new_tokens
+
+
 def _generation(arguments, drafter, sampling, target, length):
     """The arguments of generate that run and chat share."""
     return {
@@ -139,7 +143,7 @@ def _generation(arguments, drafter, sampling, target, length):
         "num_draft": arguments.num_draft,
         "rule": arguments.rule,
         "sampling": sampling,
-        "max_new_tokens": length if arguments.max_new_tokens is None else arguments.max_new_tokens,
+        "max_new_tokens": _length(arguments, length),
         "stop": target.stop_ids,
         "seed": arguments.seed,
     }
@@ -350,8 +354,7 @@ def bench_command(arguments):
     """Measure decoding on pieces of a text."""
     target, drafter = _load(arguments)
     prompts = _pieces(arguments, target.tokenizer)
-    length = 128 if arguments.max_new_tokens is None else arguments.max_new_tokens
-    report = measure(target, drafter, prompts, arguments.num_draft, length)
+    report = measure(target, drafter, prompts, arguments.num_draft, _length(arguments, 128))
     print(json.dumps(report, indent=None if arguments.json else 2))
     return 0 if report.get("identical", True) else 1
 

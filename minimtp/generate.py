@@ -69,20 +69,12 @@ def generate(
     prompt_ids, stop = token_ids(prompt_ids, target.config.vocab_size, never), frozenset(stop)
     cache = target.new_cache() if cache is None else cache
     exact_law(rule, np.ones(1), 0, **parameters)  # raises for an unknown rule or parameter
-    for name, value in (("num_draft", num_draft), ("max_new_tokens", max_new_tokens), ("seed", seed)):
-        if not hasattr(value, "__index__"):
-            raise ValueError(f"{name} must be an integer, got {value!r}")
-    if not 1 <= num_draft < ROWS:
-        raise ValueError(f"num_draft must be between 1 and {ROWS - 1}, got {num_draft}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+    _check_numbers(num_draft, max_new_tokens, seed)
     room = cache.capacity - cache.length - len(prompt_ids)
     if room < 0:
         raise ValueError(f"a prompt of {len(prompt_ids)} tokens is {-room} longer than the context has room for")
-    sampling = replace(sampling, suppress=(*sampling.suppress, *never))
-    draft_sampling = replace(draft_sampling or sampling, suppress=(*(draft_sampling or sampling).suppress, *never))
+    both = sampling, draft_sampling or sampling
+    sampling, draft_sampling = (replace(one, suppress=(*one.suppress, *never)) for one in both)
     rng, emitted, budget = np.random.default_rng(seed), [], min(max_new_tokens, room + 1)
 
     def finished(count, last):
@@ -126,6 +118,18 @@ def generate(
     return rounds()
 
 
+def _check_numbers(num_draft, max_new_tokens, seed):
+    for name, value in (("num_draft", num_draft), ("max_new_tokens", max_new_tokens), ("seed", seed)):
+        if not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+    if not 1 <= num_draft < ROWS:
+        raise ValueError(f"num_draft must be between 1 and {ROWS - 1}, got {num_draft}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+
+
 @contextmanager
 def _all_or_nothing(cache):
     """Whatever goes wrong inside, the cache afterwards is as before, or at its last commit where that is later."""
@@ -143,7 +147,7 @@ def _read_prompt(target, prompt_ids, drafter, draft_sampling, cache, commit):
     -> (what the drafter has yet to read, the last chunk's output)
     """
     for start, stop in spans(len(prompt_ids), CHUNK):
-        out = target.forward(prompt_ids[start:stop], cache, last=1)
+        out = target.forward(prompt_ids[start:stop], cache, last=int(stop == len(prompt_ids)))
         news = prompt_ids[start + 1 : stop + 1]
         if stop < len(prompt_ids):
             if drafter is not None:

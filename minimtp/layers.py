@@ -4,6 +4,7 @@ Shapes are in the names. T tokens of this pass, S cache slots, D model width, V 
 G key/value heads (R = H / G query heads share one), K head width, C = K / 2 rotation angles, F feed-forward width.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -97,6 +98,7 @@ def softcap(x, cap):
     return x if cap is None else np.tanh(x / cap) * cap
 
 
+@cache
 def rope_frequencies(rope, head_dim):
     """Angles per position -> [C] float32, which they are by definition in transformers, whatever the run's dtype.
 
@@ -106,7 +108,9 @@ def rope_frequencies(rope, head_dim):
     exponents = np.arange(0, 2 * angles, 2, dtype=np.float32) / np.float32(head_dim)
     powers = np.power(rope.theta, exponents.astype(np.float64)).astype(np.float32)  # float32 pow differs by machine
     rotated = np.float32(1) / powers / np.float32(rope.factor)
-    return np.concatenate([rotated, np.zeros(head_dim // 2 - angles, np.float32)])
+    frequencies_C = np.concatenate([rotated, np.zeros(head_dim // 2 - angles, np.float32)])
+    frequencies_C.setflags(write=False)  # every pass shares them
+    return frequencies_C
 
 
 def rope_table(frequencies_C, positions_T, dtype):

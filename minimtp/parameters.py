@@ -126,7 +126,8 @@ def _unpacked(weight, dtype, dense):
     """The weight (or list of them) checked, and as a dense array where asked for."""
     if isinstance(weight, list):
         return [_unpacked(one, dtype, dense) for one in weight]
-    check_finite(weight)
+    if isinstance(weight, Plain):  # a quantized weight's scales were checked as they were read
+        check_finite(weight)
     if not dense:
         return weight
     with np.errstate(over="ignore"):

@@ -191,6 +191,13 @@ def all_steps(target, drafter, v, reach=commit_prefix):
     return np.stack(logits), np.stack(hiddens)
 
 
+def check_steps(target, drafter, v, reach):
+    """Logits and fed-back hidden states of every step from every prefix are the vectors'."""
+    logits_NKV, hidden_NKD = all_steps(target, drafter, v, reach)
+    assert worst(logits_NKV, v["draft.logits_KV"]) <= TOLERANCE
+    assert worst(hidden_NKD, v["draft.hidden_KD"]) <= TOLERANCE
+
+
 @every_config
 def test_assistant_in_double(name, models):
     v = vectors(name)
@@ -208,9 +215,7 @@ def test_assistant_after_partial_acceptance(name, rejected, models):
     def reach(target, ids_T, length):
         return accept_some(target, ids_T, length, min(length - 1, 3), rejected, target.config.vocab_size)
 
-    logits_NKV, hidden_NKD = all_steps(target, drafter, v, reach)
-    assert worst(logits_NKV, v["draft.logits_KV"]) <= TOLERANCE
-    assert worst(hidden_NKD, v["draft.hidden_KD"]) <= TOLERANCE
+    check_steps(target, drafter, v, reach)
 
 
 @every_config

@@ -124,10 +124,7 @@ def test_transformers_shows_its_drafter_one_key_more_than_the_window(pair):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_target_in_double(pair, way):
-    target, _ = pair.ours()
-    logits_TV, hidden_TD, _ = ours_reads(target, pair.ids_T, WAYS[way](len(pair.ids_T)))
-    assert worst(logits_TV, pair.truth[0]) <= TOLERANCE
-    assert worst(hidden_TD, pair.truth[1]) <= TOLERANCE
+    check_double(pair, way)
 
 
 def test_target_in_float32(pair):
@@ -136,6 +133,14 @@ def test_target_in_float32(pair):
 
 def test_assistant_in_double(pair):
     check_assistant(pair, prefixes(len(pair.ids_T), pair.window))
+
+
+def check_double(pair, way):
+    """Our float64 logits and hidden states, the prompt read this way, are the truth's."""
+    target, _ = pair.ours()
+    logits_TV, hidden_TD, _ = ours_reads(target, pair.ids_T, WAYS[way](len(pair.ids_T)))
+    assert worst(logits_TV, pair.truth[0]) <= TOLERANCE
+    assert worst(hidden_TD, pair.truth[1]) <= TOLERANCE
 
 
 def check_float32(pair):
@@ -224,10 +229,7 @@ def test_assisted_generation(name, num_draft, tmp_path):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_bundled_target_in_double(bundled, way):
-    target, _ = bundled.ours()
-    logits_TV, hidden_TD, _ = ours_reads(target, bundled.ids_T, WAYS[way](len(bundled.ids_T)))
-    assert worst(logits_TV, bundled.truth[0]) <= TOLERANCE
-    assert worst(hidden_TD, bundled.truth[1]) <= TOLERANCE
+    check_double(bundled, way)
 
 
 def test_bundled_target_in_float32(bundled):

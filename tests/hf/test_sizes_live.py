@@ -16,7 +16,7 @@ from make_size_vectors import load_target
 from random_models import QUANTIZATION, bfloat16_bits, bfloat16_value, write
 from random_sizes import MATRICES, SIZES, prompt, write_assistant, write_pair, write_target
 from test_chat import BRIEF, HELLO, PUBLISHED, TALK
-from test_live import WAYS, Pair, check_assistant, check_float32, ours_reads, transformers_generates, worst
+from test_live import WAYS, Pair, check_assistant, check_double, check_float32, transformers_generates
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -24,7 +24,6 @@ import minimtp
 from minimtp import loading
 
 torch.set_num_threads(1)
-TOLERANCE = 1e-8
 
 
 class SizePair(Pair):
@@ -46,10 +45,7 @@ def pair(request, tmp_path_factory):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_target_in_double(pair, way):
-    target, _ = pair.ours()
-    logits_TV, hidden_TD, _ = ours_reads(target, pair.ids_T, WAYS[way](len(pair.ids_T)))
-    assert worst(logits_TV, pair.truth[0]) <= TOLERANCE
-    assert worst(hidden_TD, pair.truth[1]) <= TOLERANCE
+    check_double(pair, way)
 
 
 def test_target_in_float32(pair):
