@@ -7,14 +7,16 @@ un-reading needed. A `Cache` is the memories of all layers, the drafter's own en
 
 import operator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .backend import to_host
+from .backend import ROWS, to_host
 from .checkpoint import read_safetensors, write_safetensors
+from .layers import delta_writes
 
 SLACK = 16  # free slots beyond what a window must hold, so that not every append moves entries
+SNAPSHOT = 64  # tokens that may lie between two states which a DeltaState keeps for un-reading
 
 
 class CacheError(ValueError):
@@ -67,9 +69,7 @@ class FullKV:
         k_GSK, v_GSK = state["k"], state["v"]
         heads, slots, head_dim = self.k_GSK.shape[0], self._slots_for(length), self.k_GSK.shape[2]
         for saved in (k_GSK, v_GSK):
-            if saved.shape != (heads, slots, head_dim) or saved.dtype != self.k_GSK.dtype:
-                found, wanted = f"{saved.dtype} {saved.shape}", f"{self.k_GSK.dtype} {(heads, slots, head_dim)}"
-                raise CacheError(f"a saved tensor of keys or values is {found}, expected {wanted}")
+            check_saved(saved, (heads, slots, head_dim), self.k_GSK.dtype)
         self.start = self.length = self.committed = length - slots
         self.append(k_GSK.swapaxes(0, 1), v_GSK.swapaxes(0, 1))
         self.commit()
@@ -121,7 +121,209 @@ class SlidingKV(FullKV):
             self._move(first, self.committed - first + uncommitted + max(SLACK, uncommitted // 2))
 
 
-def _integers(array, size=None):
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What one pass left in a DeltaState: its inputs to the convolution, its writes, and perhaps the state after it."""
+
+    stop: int
+    conv_TC: np.ndarray
+    k_TGK: np.ndarray
+    u_THV: np.ndarray
+    log_decay_TH: np.ndarray
+    after_HKV: np.ndarray | None
+
+    @property
+    def arrays(self):
+        return self.conv_TC, self.k_TGK, self.u_THV, self.log_decay_TH
+
+    def first(self, count):
+        """The pass as if it had read only `count` tokens."""
+        rest = len(self.u_THV) - count
+        return _Reading(self.stop - rest, *(array[:count].copy() for array in self.arrays), None)
+
+
+class DeltaState:
+    """A Gated DeltaNet layer's memory: the state [H, K, V] and the last W - 1 inputs of its convolution.
+
+    A state cannot be trimmed. So until the commit each pass's writes are kept, and un-reading starts from the last
+    state kept before the cut and writes again what came between: after narrow passes with the same operations, so to
+    the same bits. Kept are the committed state, the present one, those of wide passes, and one every SNAPSHOT tokens.
+    """
+
+    def __init__(self, key_heads, value_heads, key_dim, value_dim, kernel, dtype=np.float32, xp=np):
+        self.sizes = key_heads, value_heads, key_dim, value_dim, kernel
+        channels = 2 * key_heads * key_dim + value_heads * value_dim
+        conv_TC, state_HKV = xp.zeros((kernel - 1, channels), dtype), xp.zeros((value_heads, key_dim, value_dim), dtype)
+        self._readings = [self._final(0, conv_TC, state_HKV)]
+
+    def _final(self, length, conv_TC, state_HKV):
+        """The first reading of the list: no pass, but where everything begins that is not final."""
+        key_heads, value_heads, key_dim, value_dim, _ = self.sizes
+        nothing = ((0, key_heads, key_dim), (0, value_heads, value_dim), (0, value_heads))
+        return _Reading(length, conv_TC, *(np.empty_like(state_HKV, shape=shape) for shape in nothing), state_HKV)
+
+    @property
+    def length(self):
+        """Number of tokens read."""
+        return self._readings[-1].stop
+
+    @property
+    def committed(self):
+        """Number of tokens that are final."""
+        return self._readings[0].stop
+
+    @property
+    def nbytes(self):
+        """Bytes of the states and of what was written since the commit."""
+        arrays = [array for reading in self._readings for array in (*reading.arrays, reading.after_HKV)]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    @property
+    def state_HKV(self):
+        """The present state."""
+        return self._readings[-1].after_HKV
+
+    def window(self):
+        """The last W - 1 inputs of the convolution [W - 1, C], zeros where there were fewer."""
+        wanted, parts = self.sizes[-1] - 1, []
+        for reading in reversed(self._readings):
+            if wanted <= 0:
+                break
+            parts.insert(0, reading.conv_TC[-wanted:])
+            wanted -= len(parts[0])
+        return np.concatenate(parts)
+
+    def append(self, conv_TC, k_TGK, u_THV, log_decay_TH, state_HKV):
+        """Take in a pass: inputs of the convolution, keys, writes and log decays of its tokens, the state after it."""
+        readings = self._readings
+        new = _Reading(self.length + len(conv_TC), conv_TC, k_TGK, u_THV, log_decay_TH, state_HKV)
+        kept = next(reading.stop for reading in reversed(readings[:-1] or readings) if reading.after_HKV is not None)
+        if len(readings) > 1 and len(readings[-1].u_THV) <= ROWS and new.stop - kept <= SNAPSHOT:
+            readings = [*readings[:-1], replace(readings[-1], after_HKV=None)]
+        self._readings = [*readings, new]
+
+    def rollback(self, n):
+        """Un-read the last n tokens. Raises CacheError past the last commit."""
+        check_rollback(n, self.length - self.committed)
+        if n:
+            self._readings = self._until(self.length - n)
+
+    def _until(self, length):
+        kept = [reading for reading in self._readings if reading.stop <= length]
+        if kept[-1].stop < length:
+            kept.append(self._readings[len(kept)].first(length - kept[-1].stop))
+        start = max(i for i, reading in enumerate(kept) if reading.after_HKV is not None)
+        state_HKV = kept[start].after_HKV
+        for reading in kept[start + 1 :]:
+            state_HKV = delta_writes(reading.k_TGK, reading.u_THV, reading.log_decay_TH, state_HKV)
+        return [*kept[:-1], replace(kept[-1], after_HKV=state_HKV)]
+
+    def commit(self):
+        """Make everything read so far final."""
+        self._readings = [self._final(self.length, self.window(), self.state_HKV)]
+
+    def state(self):
+        """What `restore` needs, as named host arrays."""
+        return {"state": to_host(self.state_HKV), "window": to_host(self.window())}
+
+    def restore(self, state, length):
+        """Take over a saved state after `length` tokens. Raises CacheError where its shapes are not this memory's."""
+        wanted = self.state()
+        for name, saved in state.items():
+            check_saved(saved, wanted[name].shape, wanted[name].dtype)
+        self._readings = [self._final(length, state["window"].copy(), state["state"].copy())]
+
+
+class DrafterKV:
+    """The entries of a drafter that attends over keys and values of its own, one for each token that the target read.
+
+    Entry p is made from the target's hidden state at p and the token after it. That token may be one which the target
+    has not read yet, and which a caller may still replace: so each entry knows its token, and the hidden states behind
+    entries that are missing, or may have to be made again, are kept, back to the commit before the last.
+    """
+
+    def __init__(self, kv_heads, head_dim, hidden_size, dtype=np.float32, xp=np):
+        self.kv, self.made_with, self.committed = FullKV(kv_heads, head_dim, dtype, xp=xp), [], 0
+        self._noted = 0, xp.empty((0, hidden_size), dtype)  # the position of the first hidden state kept, and them all
+
+    @property
+    def length(self):
+        """Number of tokens the target has read."""
+        first, hidden_TD = self._noted
+        return first + len(hidden_TD)
+
+    @property
+    def nbytes(self):
+        """Bytes of the buffers."""
+        return self.kv.nbytes + self._noted[1].nbytes
+
+    def note(self, hidden_TD):
+        """Take in the target's hidden states of the next T tokens, before its final norm."""
+        first, before_TD = self._noted
+        self._noted = first, np.concatenate([before_TD, hidden_TD])
+
+    def hidden(self, start, stop):
+        """The hidden states noted at start .. stop - 1 -> [stop - start, D]. Raises CacheError where they are gone."""
+        first, hidden_TD = self._noted
+        if start < first:
+            raise CacheError(
+                f"the drafter has read {len(self.made_with)} tokens, and the hidden states behind the next are gone: "
+                "it must read along, by propose with num_draft 0, before every second commit"
+            )
+        return hidden_TD[start - first : stop - first]
+
+    def append(self, tokens):
+        """Note which tokens the newest entries of `kv` were made with."""
+        self.made_with.extend(tokens)
+
+    def entries(self, next_token):
+        """How many entries hold; next_token(n): the token after the first n that the target has read or will read."""
+        count = min(self.kv.length, len(self.made_with))
+        return count - bool(count and self.made_with[count - 1] != next_token(count))
+
+    def cut(self, entries):
+        """Drop all entries but the first so many."""
+        self.kv.length = min(self.kv.length, entries)
+        del self.made_with[entries:]
+
+    def rollback(self, n):
+        """Un-read the last n tokens. Raises CacheError past the last commit."""
+        check_rollback(n, self.length - self.committed)
+        self.cut(self.length - n)
+        first, hidden_TD = self._noted
+        self._noted = first, hidden_TD[: len(hidden_TD) - n]
+
+    def commit(self):
+        """Make everything read so far final."""
+        if self.length > self.committed:
+            first, hidden_TD = self._noted
+            start = max(first, self.committed - 1)
+            self._noted = start, hidden_TD[start - first :].copy()
+            self.committed = self.length
+
+    def state(self):
+        """What `restore` needs, as named host arrays."""
+        made_with, hidden_TD = np.array(self.made_with, np.int64), to_host(self._noted[1])
+        return {**self.kv.state(), "made_with": made_with, "hidden": hidden_TD}
+
+    def restore(self, state, length):
+        """Take over a saved state after `length` tokens. Raises CacheError where its shapes are not this memory's."""
+        made_with, hidden_TD, wanted_TD = integers(state["made_with"]).tolist(), state["hidden"], self._noted[1]
+        check_saved(hidden_TD, (min(len(hidden_TD), length), wanted_TD.shape[1]), wanted_TD.dtype)
+        if len(made_with) > length:
+            raise CacheError(f"a saved drafter has {len(made_with)} entries for {length} tokens")
+        self.kv.restore({name: state[name] for name in ("k", "v")}, len(made_with))
+        self.made_with, self._noted, self.committed = made_with, (length - len(hidden_TD), hidden_TD.copy()), length
+
+
+def check_saved(array, shape, dtype):
+    """Raise CacheError unless a saved array is what the memory holds."""
+    if array.shape != shape or array.dtype != dtype:
+        raise CacheError(f"a saved tensor is {array.dtype} {array.shape}, expected {dtype} {shape}")
+
+
+def integers(array, size=None):
+    """The array, if it holds ids or lengths. Raises CacheError."""
     if array.ndim != 1 or array.dtype != np.int64 or size not in (None, len(array)) or (array < 0).any():
         raise CacheError(f"a saved tensor of ids or lengths is {array.dtype} {array.shape}")
     return array
@@ -149,7 +351,7 @@ class Cache:
     layers: list
     capacity: int
     fingerprint: str = ""
-    drafter: FullKV | None = None
+    drafter: DrafterKV | None = None
     tokens: list = field(default_factory=list)
     committed: int = 0
 
@@ -207,9 +409,9 @@ class Cache:
             raise CacheError(f"{path} is the cache of another model, or of other weights or another dtype")
         arrays = {name: tensor.stored() for name, tensor in tensors.items()}
         try:
-            tokens = _integers(arrays.pop("tokens")).tolist()
+            tokens = integers(arrays.pop("tokens")).tolist()
             for name, memory in self._memories().items():
-                (length,) = _integers(arrays.pop(f"{name}.length"), size=1)
+                (length,) = integers(arrays.pop(f"{name}.length"), size=1)
                 memory.restore({key: arrays.pop(f"{name}.{key}") for key in memory.state()}, int(length))
         except KeyError as missing:
             raise CacheError(f"{path} has no tensor {missing}") from None

@@ -168,32 +168,6 @@ def float_to_bf16(x):
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
-_REQUIRED = object()
-
-
-def config_value(table, key, kind, default=_REQUIRED):
-    """A field of a configuration, or the default where it is absent or null.
-
-    kind: int (1 to 2^31 - 1), float (1e-30 to 1e30), bool, str, list or dict. Raises CheckpointError naming the field;
-    without a default it must be there.
-    """
-    value = table.get(key)
-    if value is None:
-        if default is _REQUIRED:
-            raise CheckpointError(f"config: {key} is missing")
-        return default
-    if kind is float:
-        fits = type(value) in (int, float) and 1e-30 <= value <= 1e30  # nothing here is NaN, below 0, or past float32
-    else:
-        fits = type(value) is kind and (kind is not int or 1 <= value < 2**31)
-    if not fits:
-        wanted = {int: "a positive integer", float: "a positive number", dict: "an object"}.get(
-            kind, f"a {kind.__name__}"
-        )
-        raise CheckpointError(f"config: {key} is {show(value)}, expected {wanted}")
-    return float(value) if kind is float else value
-
-
 def _is(path, kind):
     try:
         return path.is_dir() if kind == "dir" else path.is_file()

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from . import __version__, memory
+from . import __version__, memory, qwen35_mtp
 from .acceptance import RULES
 from .bench import measure, summarize
 from .chat import Conversation
@@ -127,7 +127,7 @@ def _load(arguments):
     if arguments.draft == "none":
         return target, None
     if arguments.draft == "auto" and find_drafter(target) is None:
-        print(f"no drafter beside {target.folder} (--draft PATH names one): one token a pass", file=sys.stderr)
+        print(f"no drafter in or beside {target.folder} (--draft PATH names one): one token a pass", file=sys.stderr)
         return target, None
     return target, load_drafter(arguments.draft, target, arguments.keep)
 
@@ -331,16 +331,19 @@ def show_command(arguments):
         raise ValueError(f"--context must be at least 1, got {arguments.context}")
     if arguments.config:
         family, config = published_config(arguments.config)
-        name, stored = arguments.config, {}
+        name, stored, has_mtp = arguments.config, {}, getattr(config, "mtp_layers", 0)
     else:
         checkpoint, family, config = open_model(arguments.model)
-        name, stored = str(checkpoint.folder), {}
+        name, stored, has_mtp = str(checkpoint.folder), {}, any(map(qwen35_mtp.owns, checkpoint.tensors))
         for tensor in checkpoint.tensors.values():
             stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.data.size
+    mtp_table = qwen35_mtp.tensors(qwen35_mtp.layer_config(config)) if has_mtp else None
     report = {
         "model": name,
         "family": family.__name__.rpartition(".")[2],
-        **memory.describe(config, family.tensors(config), arguments.context),
+        **memory.describe(
+            config, family.tensors(config), arguments.context, formats=family.FORMATS, mtp_table=mtp_table
+        ),
     }
     if stored:
         report["stored_bytes"] = {**stored, "total": sum(stored.values())}

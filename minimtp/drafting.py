@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from . import gemma4, gemma4_assistant
+from . import gemma4, gemma4_assistant, qwen35, qwen35_mtp
 from .backend import to_host
 from .layers import token_ids
 from .sampling import draw
@@ -72,14 +72,9 @@ class GemmaAssistant:
     unchosen: str = "transformers"
 
     def __post_init__(self):
-        edges, positions = ("inclusive", "exclusive"), ("bonus", "committed")
-        for name, known in (
-            ("position", positions),
-            ("window_edge", edges),
-            ("unchosen", tuple(gemma4_assistant.UNCHOSEN)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        _check_option("position", self.position, ("bonus", "committed"))
+        _check_option("window_edge", self.window_edge, ("inclusive", "exclusive"))
+        _check_option("unchosen", self.unchosen, tuple(gemma4_assistant.UNCHOSEN))
 
     def forward(self, token, hidden_D, cache):
         """One step after `token` -> (logits [V], hidden [D] to feed back)."""
@@ -90,19 +85,91 @@ class GemmaAssistant:
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
         check_news(new_tokens_N, hidden_ND, cache, num_draft)
-        token_ids(new_tokens_N, self.config.vocab_size)
-        wanted = (len(new_tokens_N), self.config.backbone_hidden_size)
-        if np.shape(hidden_ND) != wanted:
-            raise ValueError(f"hidden_ND has shape {np.shape(hidden_ND)}, wanted {wanted}")
-        if sampling.temperature and len(u_K) < num_draft:
-            raise ValueError(f"{len(u_K)} uniforms for {num_draft} drawn draft tokens")
+        _check_numbers(new_tokens_N, hidden_ND, num_draft, sampling, u_K, self.target.config)
         token, hidden_D, tokens, laws = new_tokens_N[-1], hidden_ND[-1], [], []
         for j in range(num_draft):
             logits_V, hidden_D = self.forward(token, hidden_D, cache)
             token, law_V = choose(logits_V, sampling, None if sampling.temperature == 0 else u_K[j])
             tokens.append(token)
             laws.append(law_V)
-        return Draft(tokens, None if sampling.temperature == 0 or not laws else np.stack(laws))
+        return _draft(tokens, laws)
+
+
+@dataclass(frozen=True, eq=False)
+class MtpLayer:
+    """Drafts with the target's MTP layer. Reads every token; what it keeps of them is in cache.drafter.
+
+    hidden: which of the target's hidden states it is given: "post-norm", after the final norm, as vLLM, SGLang, mlx-vlm
+    and llama.cpp do, or "pre-norm" (mlx-lm's open pull request 990). Deeper drafts get its own, after its norm.
+    """
+
+    params: object
+    config: object
+    target: object
+    hidden: str = "post-norm"
+
+    def __post_init__(self):
+        _check_option("hidden", self.hidden, qwen35_mtp.HIDDEN)
+
+    def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
+        """As Drafter.propose; it also reads what was not read along, while the hidden states are still in the cache."""
+        check_news(new_tokens_N, hidden_ND, cache, num_draft)
+        _check_numbers(new_tokens_N, hidden_ND, num_draft, sampling, u_K, self.target.config)
+        memory, tokens, laws = cache.drafter, [], []
+        try:
+            out_ND = self._read_along(new_tokens_N, hidden_ND, cache)
+            for j in range(num_draft):
+                if tokens:
+                    out_ND = self._read(tokens[-1:], out_ND[-1:], memory)
+                logits_V = qwen35_mtp.logits(self.target.params, self.config, out_ND[-1:])[0]
+                token, law_V = choose(logits_V, sampling, None if sampling.temperature == 0 else u_K[j])
+                tokens.append(token)
+                laws.append(law_V)
+        finally:
+            memory.cut(cache.length)  # entries of drafts are made from drafted hidden states
+        return _draft(tokens, laws)
+
+    def _read_along(self, new_tokens_N, hidden_ND, cache):
+        """Make the entries that are missing, at least the newest -> the layer's output for each."""
+        length, memory = cache.length, cache.drafter
+
+        def token(position):
+            return new_tokens_N[-1] if position == length else cache.tokens[position]
+
+        start, given = min(memory.entries(token), length - 1), length - len(new_tokens_N)
+        if self.hidden == "pre-norm":
+            hidden_ND = memory.hidden(start, length)
+        elif start < given:
+            noted_ND = memory.hidden(start, given)
+            hidden_ND = np.concatenate([qwen35.final_norm(self.target.params, self.config, noted_ND), hidden_ND])
+        memory.cut(start)
+        return self._read([token(p + 1) for p in range(start, length)], hidden_ND[start - length :], memory)
+
+    def _read(self, tokens_N, hidden_ND, memory):
+        embedded_ND = self.target.embed(tokens_N)
+        out_ND = qwen35_mtp.read(self.params, self.config, embedded_ND, hidden_ND, memory.kv)
+        memory.append(tokens_N)
+        return out_ND
+
+
+def _draft(tokens, laws):
+    """The Draft of tokens and the laws they were drawn from (None where by argmax)."""
+    return Draft(tokens, None if not laws or laws[0] is None else np.stack(laws))
+
+
+def _check_option(name, value, known):
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+
+
+def _check_numbers(new_tokens_N, hidden_ND, num_draft, sampling, u_K, config):
+    """Raise ValueError for what a model that drafts cannot take: other tokens, shapes, or too few uniforms."""
+    token_ids(new_tokens_N, config.vocab_size)
+    wanted = (len(new_tokens_N), config.hidden_size)
+    if np.shape(hidden_ND) != wanted:
+        raise ValueError(f"hidden_ND has shape {np.shape(hidden_ND)}, wanted {wanted}")
+    if sampling.temperature and len(u_K) < num_draft:
+        raise ValueError(f"{len(u_K)} uniforms for {num_draft} drawn draft tokens")
 
 
 @dataclass(frozen=True)

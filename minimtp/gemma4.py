@@ -7,24 +7,28 @@ import numpy as np
 
 from .backend import arithmetic, array_module, gather, matmul
 from .cache import Cache, FullKV, SlidingKV
-from .checkpoint import CheckpointError, config_value, show
+from .checkpoint import CheckpointError, show
+from .config import config_size, config_value, layer_count, layer_kinds, placeholders, refuse_unsupported
 from .layers import (
     Output,
+    Rope,
     Taps,
     attend,
+    best_experts,
+    gated_mlp,
     gelu,
+    mixture,
     rms_norm,
     rope_frequencies,
     rope_table,
     rotate,
     softcap,
-    softmax,
     token_ids,
 )
 
 MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+FORMATS = ("bf16", "q4_0", "w4a16-ct")  # of memory.FORMATS, those its checkpoints are published in
 TOWERS = ("vision_tower.", "embed_vision.", "vision_embedder.", "audio_tower.", "embed_audio.")
-SKIPPED = tuple(prefix + tower for prefix in ("model.", "") for tower in TOWERS)  # this project reads text only
 
 KINDS = {"sliding_attention": "sliding", "full_attention": "full"}
 ROPES = {  # what transformers assumes where a config is silent, like the next two
@@ -33,17 +37,12 @@ ROPES = {  # what transformers assumes where a config is silent, like the next t
 }
 DEFAULTS = {"sliding_window": 512, "max_position_embeddings": 131_072, "hidden_size_per_layer_input": 256}
 UNIFIED_DEFAULTS = {"sliding_window": 1024, "max_position_embeddings": 262_144, "hidden_size_per_layer_input": 0}
-MAX_LAYERS = 1000  # a config that claims more is not believed: a plan and a table are made before any weight is read
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding of one layer kind; see layers.rope_frequencies."""
-
-    kind: str
-    theta: float
-    fraction: float
-    factor: float
+SUPPORTED = {  # what the forward below knows of fields that change the numbers
+    "attention_bias": (False, None),
+    "use_bidirectional_attention": ("vision", None),  # concerns image tokens only
+    "hidden_activation": ("gelu_pytorch_tanh", None),
+    "rope_scaling": (None,),  # how older models wrote rope_parameters
+}
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,12 @@ def parse_config(raw):
     text = config_value(raw, "text_config", dict) if outer else raw
     unified = "unified" in str(raw.get("model_type"))
     text = {**(UNIFIED_DEFAULTS if unified else DEFAULTS), **{k: v for k, v in text.items() if v is not None}}
-    _refuse_unsupported(text)
+    refuse_unsupported(text, SUPPORTED)
     hidden_size = config_value(text, "hidden_size", int)
     vocab_size = config_value(text, "vocab_size", int)
-    per_layer_input = _size(text, "hidden_size_per_layer_input")
+    per_layer_input = config_size(text, "hidden_size_per_layer_input")
     layers = tuple(_plan(text))
-    if per_layer_input and _size(text, "vocab_size_per_layer_input", 262_144) != vocab_size:
+    if per_layer_input and config_size(text, "vocab_size_per_layer_input", 262_144) != vocab_size:
         raise CheckpointError("config: vocab_size_per_layer_input is not vocab_size")
     return Config(
         vocab_size=vocab_size,
@@ -125,18 +124,16 @@ def parse_config(raw):
         experts=_parse_experts(text),
         ropes=_parse_ropes(text, {layer.kind for layer in layers}),
         layers=layers,
-        placeholders=_placeholders(raw, vocab_size),
+        placeholders=placeholders(raw, vocab_size),
         tied=config_value(text, "tie_word_embeddings", bool, config_value(raw, "tie_word_embeddings", bool, True)),
     )
 
 
 def _plan(text):
     """Each layer's plan. The last num_kv_shared_layers use the KV of the last layer of their kind before them."""
-    count = config_value(text, "num_hidden_layers", int)
-    if count > MAX_LAYERS:
-        raise CheckpointError(f"config: num_hidden_layers {count} is more than {MAX_LAYERS}")
+    count = layer_count(text)
     types = _layer_types(text, count)
-    first_shared = count - _size(text, "num_kv_shared_layers")
+    first_shared = count - config_size(text, "num_kv_shared_layers")
     if first_shared < 1:
         raise CheckpointError(f"config: num_kv_shared_layers {count - first_shared} of {count} layers")
     heads = config_value(text, "num_attention_heads", int)
@@ -164,11 +161,10 @@ def _layer_types(text, count):
     types = config_value(text, "layer_types", list, None)
     if types is None:  # transformers' default pattern
         types = ["full_attention" if (i + 1) % 6 == 0 or i == count - 1 else "sliding_attention" for i in range(count)]
-    if len(types) != count or any(not isinstance(kind, str) or kind not in KINDS for kind in types):
-        raise CheckpointError(f"config: layer_types must name {count} layers, each one of {', '.join(KINDS)}")
-    if types[-1] != "full_attention":
+    kinds = layer_kinds(types, count, KINDS)
+    if kinds[-1] != "full":
         raise CheckpointError("config: the last of layer_types must be full_attention")
-    return [KINDS[kind] for kind in types]
+    return kinds
 
 
 def _attention_sizes(text, index, kind, k_eq_v):
@@ -223,31 +219,12 @@ def _parse_rope(rope, kind):
     return Rope(name, theta, fraction, field("factor", float, [1.0]))
 
 
-def _size(table, name, default=0):
-    """A size that may be 0."""
-    return 0 if table.get(name) == 0 else config_value(table, name, int, default)
-
-
-def _placeholders(raw, vocab_size):
-    names = {"image_token_id": "an image", "video_token_id": "a video", "audio_token_id": "a sound"}
-    ids = {config_value(raw, name, int, None): meaning for name, meaning in names.items()}
-    return {token: meaning for token, meaning in ids.items() if token is not None and token < vocab_size}
-
-
-def _refuse_unsupported(text):
-    """One sentence for every field that would change the numbers and that this forward does not know."""
-    only = {
-        "attention_bias": (False, None),
-        "use_bidirectional_attention": ("vision", None),  # concerns image tokens only
-        "hidden_activation": ("gelu_pytorch_tanh", None),
-        "rope_scaling": (None,),  # how older models wrote rope_parameters
-    }
-    for name, values in only.items():
-        if text.get(name) not in values:
-            raise CheckpointError(f"config: {name} {show(text[name])} is not supported")
-
-
 # Tensors
+
+
+def owns(name):
+    """Whether a checkpoint's tensor is this model's: towers for images and sound are skipped, only text is read."""
+    return not name.removeprefix("model.").startswith(TOWERS)
 
 
 def tensors(config):
@@ -323,44 +300,22 @@ def attention(x_TD, w, layer, eps, rope, kv, span):
     return matmul(o_THK.reshape(len(x_TD), -1), w.o_proj)
 
 
-def mlp(x_TD, gate_proj, up_proj, down_proj):
-    """Gated GELU feed-forward -> [T, D]."""
-    return matmul(gelu(matmul(x_TD, gate_proj)) * matmul(x_TD, up_proj), down_proj)
-
-
 def route(x_TD, w, top_k, eps):
     """Which experts each token uses, best first, and with what weight -> (chosen [T, k], weights [T, k])."""
     scaled_TD = rms_norm(x_TD, eps=eps) * w.router_scale * x_TD.dtype.type(x_TD.shape[1] ** -0.5)
-    p_TE = softmax(matmul(scaled_TD, w.router_proj))
-    chosen_TX = np.argsort(-p_TE, axis=-1, kind="stable")[:, :top_k]
-    weights_TX = np.take_along_axis(p_TE, chosen_TX, axis=-1)
-    weights_TX = weights_TX / weights_TX.sum(-1, keepdims=True)
+    chosen_TX, weights_TX = best_experts(matmul(scaled_TD, w.router_proj), top_k)
     return chosen_TX, weights_TX * w.router_per_expert_scale[chosen_TX]
-
-
-def mixture(x_TD, chosen_TX, weights_TX, w):
-    """Weighted sum of each token's experts -> [T, D].
-
-    Every expert that any token chose is read once, for all of them: a pass pays for the union. A token's sum runs in
-    the order of the experts' numbers whoever shares the pass, so its bits do not depend on the others.
-    """
-    out_TD = np.zeros_like(x_TD)
-    for expert in np.unique(chosen_TX):
-        t, place = np.nonzero(chosen_TX == expert)
-        y_tD = mlp(x_TD[t], w.experts_gate_proj[expert], w.experts_up_proj[expert], w.experts_down_proj[expert])
-        out_TD[t] += y_tD * weights_TX[t, place, None]
-    return out_TD
 
 
 def feed_forward(x_TD, w, config, tap):
     """The layer's dense branch and, where there are experts, their mixture beside it -> [T, D]; x is the residual."""
     eps = config.rms_norm_eps
-    dense_TD = mlp(rms_norm(x_TD, w.pre_feedforward_layernorm, eps), w.gate_proj, w.up_proj, w.down_proj)
+    dense_TD = gated_mlp(rms_norm(x_TD, w.pre_feedforward_layernorm, eps), w.gate_proj, w.up_proj, w.down_proj, gelu)
     if config.experts is None:
         return dense_TD
     chosen_TX, weights_TX = route(x_TD, w, config.experts.top_k, eps)
     tap("experts", chosen_TX)
-    mixed_TD = mixture(rms_norm(x_TD, w.pre_feedforward_layernorm_2, eps), chosen_TX, weights_TX, w)
+    mixed_TD = mixture(rms_norm(x_TD, w.pre_feedforward_layernorm_2, eps), chosen_TX, weights_TX, w, gelu)
     return rms_norm(dense_TD, w.post_feedforward_layernorm_1, eps) + rms_norm(
         mixed_TD, w.post_feedforward_layernorm_2, eps
     )

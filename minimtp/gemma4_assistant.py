@@ -10,11 +10,12 @@ import numpy as np
 
 from . import gemma4
 from .backend import arithmetic, gather, matmul
-from .checkpoint import CheckpointError, config_value
+from .checkpoint import CheckpointError
+from .config import config_value
 from .layers import no_tap, rms_norm
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
-SKIPPED = ()
+FORMATS = gemma4.FORMATS
 
 # What the logits of tokens outside the chosen clusters become, by the engine that does it; "none" skips the clusters.
 UNCHOSEN = {
@@ -89,6 +90,11 @@ def check_fits(config, target):
     for name, ours, theirs in pairs:
         if ours != theirs:
             raise CheckpointError(f"drafter does not fit its target: {name} {ours}, the target's is {theirs}")
+
+
+def owns(name):
+    """Whether a checkpoint's tensor is the assistant's: all of them are."""
+    return True
 
 
 def tensors(config):

@@ -1,7 +1,9 @@
 """The mathematics, as pure functions of arrays.
 
 Shapes are in the names. T tokens of this pass, S cache slots, D model width, V vocabulary, H query heads,
-G key/value heads (R = H / G query heads share one), K head width, C = K / 2 rotation angles, F feed-forward width.
+G key/value heads (R = H / G query heads share one), K head width, C = K / 2 rotation angles, F feed-forward width,
+E experts, X experts a token uses. In the gated delta rule: G key heads of width K, H value heads of width V, C channels
+of the convolution and W its width.
 """
 
 from functools import cache
@@ -9,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import ROWS
+from .backend import ROWS, matmul
 
 ATTEND_ELEMENTS = 1 << 24  # scores held at a time in a wide pass
+DELTA_BLOCK = 64  # tokens of a wide pass that the gated delta rule takes at once
 
 
 class Output(NamedTuple):
@@ -93,9 +96,33 @@ def gelu(x):
     return 0.5 * x * (1.0 + np.tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x))))
 
 
+def sigmoid(x):
+    """1 / (1 + e^-x)"""
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def silu(x):
+    """x sigmoid(x), also called swish."""
+    return x / (1.0 + np.exp(-x))
+
+
+def softplus(x):
+    """log(1 + e^x)"""
+    return np.logaddexp(x, x.dtype.type(0))
+
+
 def softcap(x, cap):
     """Squash smoothly into (-cap, cap); None leaves x alone."""
     return x if cap is None else np.tanh(x / cap) * cap
+
+
+class Rope(NamedTuple):
+    """Rotary embedding; see rope_frequencies."""
+
+    kind: str
+    theta: float
+    fraction: float = 1.0
+    factor: float = 1.0
 
 
 @cache
@@ -120,11 +147,14 @@ def rope_table(frequencies_C, positions_T, dtype):
 
 
 def rotate(x_THK, table):
-    """Rotate each head's pairs (i, i + K/2) by their position's angles (RoFormer; the half-split layout)."""
+    """Rotate each head's pairs (i, i + C) by their position's angles (RoFormer; the half-split layout).
+
+    What a head has beyond the table's 2 C stays as it is.
+    """
     cos_T1C, sin_T1C = table
-    half = x_THK.shape[-1] // 2
-    a_THC, b_THC = x_THK[..., :half], x_THK[..., half:]
-    return np.concatenate([a_THC * cos_T1C - b_THC * sin_T1C, b_THC * cos_T1C + a_THC * sin_T1C], axis=-1)
+    angles = cos_T1C.shape[-1]
+    a_THC, b_THC, rest_THK = x_THK[..., :angles], x_THK[..., angles : 2 * angles], x_THK[..., 2 * angles :]
+    return np.concatenate([a_THC * cos_T1C - b_THC * sin_T1C, b_THC * cos_T1C + a_THC * sin_T1C, rest_THK], axis=-1)
 
 
 def softmax(x):
@@ -165,3 +195,128 @@ def _attend_wide(q_TGRK, k_GSK, v_GSK, low_T, high_T):
         weights_GRTS = softmax(np.where(seen_TS, scores_GRTS, -np.inf))
         out_TGRK[t] = (weights_GRTS @ v_GSK[:, None, first:last]).transpose(2, 0, 1, 3)
     return out_TGRK
+
+
+# Feed-forward
+
+
+def gated_mlp(x_TD, gate_proj, up_proj, down_proj, activation):
+    """Gated feed-forward -> [T, D]."""
+    return matmul(activation(matmul(x_TD, gate_proj)) * matmul(x_TD, up_proj), down_proj)
+
+
+def best_experts(scores_TE, top_k):
+    """Which experts each token uses, best first, and their share of it -> (chosen [T, X], weights [T, X]).
+
+    The weights are the softmax over all experts, scaled to sum to 1 over the chosen.
+    """
+    p_TE = softmax(scores_TE)
+    chosen_TX = np.argsort(-p_TE, axis=-1, kind="stable")[:, :top_k]
+    weights_TX = np.take_along_axis(p_TE, chosen_TX, axis=-1)
+    return chosen_TX, weights_TX / weights_TX.sum(-1, keepdims=True)
+
+
+def mixture(x_TD, chosen_TX, weights_TX, w, activation):
+    """Weighted sum of each token's experts -> [T, D].
+
+    Every expert that any token chose is read once, for all of them: a pass pays for the union. A token's sum runs in
+    the order of the experts' numbers whoever shares the pass, so its bits do not depend on the others.
+    """
+    out_TD = np.zeros_like(x_TD)
+    for e in np.unique(chosen_TX):
+        t, place = np.nonzero(chosen_TX == e)
+        expert = w.experts_gate_proj[e], w.experts_up_proj[e], w.experts_down_proj[e]
+        out_TD[t] += gated_mlp(x_TD[t], *expert, activation) * weights_TX[t, place, None]
+    return out_TD
+
+
+# Gated DeltaNet (Yang, Kautz, Hatamizadeh 2024): a state [K, V] per head that answers a key with a value
+
+
+def l2_norm(x, eps=1e-6):
+    """x over its length along the last axis, as in flash-linear-attention: the eps is under the root."""
+    return x / np.sqrt((x * x).sum(-1, keepdims=True) + eps)
+
+
+def causal_conv(x_TC, weight_CW, window_WC):
+    """Each channel's weighted sum of its last W inputs -> [T, C]; the window holds the W - 1 inputs before x."""
+    padded = np.concatenate([window_WC, x_TC])
+    return sum(padded[j : j + len(x_TC)] * weight_CW[:, j] for j in range(weight_CW.shape[1]))
+
+
+def gated_delta(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, state_HKV):
+    """The gated delta rule over T tokens -> (out [T, H, V], writes u [T, H, V], state after them).
+
+    For each token the state fades by exp(log_decay); what it then answers to k is corrected towards v by u, beta of the
+    difference, written at k; and it is asked q. H / G value heads share a key head. Narrow passes go token by token,
+    so that no token's bits depend on the others; wide ones block by block.
+    """
+    if len(q_TGK) > ROWS:
+        return gated_delta_chunk(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, state_HKV)
+    q_THK, k_THK = _for_value_heads(q_TGK, v_THV), _for_value_heads(k_TGK, v_THV)
+    out_THV, u_THV, decay_TH = np.empty_like(v_THV), np.empty_like(v_THV), np.exp(log_decay_TH)
+    for t in range(len(v_THV)):
+        token = q_THK[t], k_THK[t], v_THV[t], decay_TH[t], beta_TH[t]
+        out_THV[t], u_THV[t], state_HKV = gated_delta_step(*token, state_HKV)
+    return out_THV, u_THV, state_HKV
+
+
+def gated_delta_step(q_HK, k_HK, v_HV, decay_H, beta_H, state_HKV):
+    """The rule for one token, as it is defined -> (out [H, V], u [H, V], state)."""
+    faded_HKV = state_HKV * decay_H[:, None, None]
+    u_HV = beta_H[:, None] * (v_HV - (k_HK[:, None] @ faded_HKV)[:, 0])
+    state_HKV = faded_HKV + k_HK[:, :, None] * u_HV[:, None]
+    return (q_HK[:, None] @ state_HKV)[:, 0], u_HV, state_HKV
+
+
+def gated_delta_chunk(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, state_HKV):
+    """The same over many tokens by matrix products, in blocks -> (out [T, H, V], u [T, H, V], state).
+
+    Within a block each u depends on those before it through what they left for its key: a triangular system.
+    """
+    outs, writes = [], []
+    for start in range(0, len(v_THV), DELTA_BLOCK):
+        t = slice(start, start + DELTA_BLOCK)
+        out_HTV, u_HTV = _delta_block(
+            _heads_first(_for_value_heads(q_TGK[t], v_THV)), _heads_first(_for_value_heads(k_TGK[t], v_THV)),
+            _heads_first(v_THV[t]), log_decay_TH[t].T, beta_TH[t].T, state_HKV,
+        )  # fmt: skip
+        outs.append(_heads_first(out_HTV))
+        writes.append(_heads_first(u_HTV))
+        state_HKV = delta_writes(k_TGK[t], writes[-1], log_decay_TH[t], state_HKV)
+    return np.concatenate(outs), np.concatenate(writes), state_HKV
+
+
+def _delta_block(q_HTK, k_HTK, v_HTV, log_decay_HT, beta_HT, state_HKV):
+    dtype, sums_HT = q_HTK.dtype, np.cumsum(log_decay_HT, axis=1, dtype=np.float64)  # differences of long sums
+    since_HT1 = np.exp(sums_HT).astype(dtype)[:, :, None]  # what is left at t of the state before the block
+    past_TT = np.tri(sums_HT.shape[1], dtype=bool)
+    between_HTT = np.exp(np.where(past_TT, sums_HT[:, :, None] - sums_HT[:, None], -np.inf)).astype(dtype)
+    beta_HT1, from_state_HTV = beta_HT[:, :, None], since_HT1 * (k_HTK @ state_HKV)
+    system_HTT = np.tril(beta_HT1 * between_HTT * (k_HTK @ k_HTK.swapaxes(1, 2)), -1) + np.eye(
+        len(past_TT), dtype=dtype
+    )
+    u_HTV = np.linalg.solve(system_HTT, beta_HT1 * (v_HTV - from_state_HTV))
+    from_writes_HTV = (between_HTT * (q_HTK @ k_HTK.swapaxes(1, 2))) @ u_HTV
+    return since_HT1 * (q_HTK @ state_HKV) + from_writes_HTV, u_HTV
+
+
+def delta_writes(k_TGK, u_THV, log_decay_TH, state_HKV):
+    """The state after the writes u at k: one by one in narrow passes, as the steps did it, else as one product."""
+    k_THK = _for_value_heads(k_TGK, u_THV)
+    if len(u_THV) <= ROWS:
+        for k_HK, u_HV, decay_H in zip(k_THK, u_THV, np.exp(log_decay_TH)):
+            state_HKV = state_HKV * decay_H[:, None, None] + k_HK[:, :, None] * u_HV[:, None]
+        return state_HKV
+    sums_TH = np.cumsum(log_decay_TH, axis=0, dtype=np.float64)
+    left_TH1 = np.exp(sums_TH[-1] - sums_TH).astype(u_THV.dtype)[:, :, None]
+    faded_HKV = state_HKV * np.exp(sums_TH[-1]).astype(u_THV.dtype)[:, None, None]
+    return faded_HKV + (left_TH1 * k_THK).transpose(1, 2, 0) @ _heads_first(u_THV)
+
+
+def _for_value_heads(x_TGK, v_THV):
+    return np.repeat(x_TGK, v_THV.shape[1] // x_TGK.shape[1], axis=1)
+
+
+def _heads_first(x_THK):
+    return x_THK.swapaxes(0, 1)

@@ -8,16 +8,16 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from . import gemma4, gemma4_assistant
+from . import gemma4, gemma4_assistant, qwen35, qwen35_mtp
 from .backend import array_module
 from .cache import CacheError
 from .checkpoint import CheckpointError, bf16_to_float, float_to_bf16, open_checkpoint, read_json, show
-from .drafting import GemmaAssistant, PromptLookup
+from .drafting import GemmaAssistant, MtpLayer, PromptLookup
 from .parameters import read_parameters
 from .text import Tokenizer, load_chat_template, load_tokenizer
 
-TARGETS = (gemma4,)
-DRAFTERS = {gemma4_assistant: GemmaAssistant}
+TARGETS = (gemma4, qwen35)
+DRAFTERS = {gemma4_assistant: GemmaAssistant, qwen35_mtp: MtpLayer}
 DTYPES = ("float32", "float64")
 KEEPS = ("packed", "dense", "auto")
 
@@ -35,6 +35,7 @@ class Target:
     backend: str
     fingerprint: str
     generation_config: dict
+    has_mtp: bool = False  # whether the checkpoint holds an MTP layer beside the model
 
     def new_cache(self, capacity=None):
         """An empty cache for at most `capacity` tokens (None: the model's context, memory grown as needed)."""
@@ -86,13 +87,14 @@ def open_model(path, role=None):
 def _parse(config, where, role=None):
     """(family, configuration) of a config.json."""
     kind = config.get("model_type")
-    for family in (*TARGETS, *DRAFTERS):
-        if kind in family.MODEL_TYPES:
-            if role not in (None, "drafter" if family in DRAFTERS else "target"):
-                raise CheckpointError(f"{where}: model type {kind!r} is not a {role}")
-            return family, family.parse_config(config)
-    known = ", ".join(name for family in (*TARGETS, *DRAFTERS) for name in family.MODEL_TYPES)
-    raise CheckpointError(f"{where}: unknown model type {show(kind)}: expected one of {known}")
+    known = {"target": TARGETS, "drafter": tuple(DRAFTERS)}.get(role, (*TARGETS, *DRAFTERS))
+    family = next((family for family in known if kind in family.MODEL_TYPES), None)
+    if family is None:
+        if role and any(kind in family.MODEL_TYPES for family in (*TARGETS, *DRAFTERS)):
+            raise CheckpointError(f"{where}: model type {kind!r} is not a {role}")
+        names = ", ".join(dict.fromkeys(name for family in known for name in family.MODEL_TYPES))
+        raise CheckpointError(f"{where}: unknown model type {show(kind)}: expected one of {names}")
+    return family, family.parse_config(config)
 
 
 def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact"):
@@ -112,7 +114,7 @@ def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     array_module(backend)
     checkpoint, family, config = open_model(path, "target")
-    if embed_scale == "bf16":
+    if embed_scale == "bf16" and hasattr(config, "embed_scale"):
         config = replace(config, embed_scale=float(bf16_to_float(float_to_bf16(config.embed_scale))))
     return Target(
         folder=checkpoint.folder,
@@ -124,6 +126,7 @@ def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact
         backend=backend,
         fingerprint=_fingerprint(checkpoint, dtype, embed_scale),
         generation_config=_generation_config(checkpoint.folder),
+        has_mtp=any(map(qwen35_mtp.owns, checkpoint.tensors)),
     )
 
 
@@ -138,23 +141,29 @@ def published_config(name):
 def load_drafter(path, target, keep="auto", **options):
     """Load a drafter for a target -> drafting.Drafter.
 
-    path: a checkpoint folder or bundled name; "auto": the assistant beside the target's folder (`NAME-assistant`);
-    "lookup": prompt lookup, which needs no weights. options: the drafter's own (see drafting). Raises CheckpointError
-    where there is none or it does not fit the target.
+    path: a checkpoint folder or bundled name; "auto": the target's own MTP layer, or the assistant beside its folder
+    (`NAME-assistant`); "lookup": prompt lookup, which needs no weights. options: the drafter's own (see drafting).
+    Raises CheckpointError where there is none or it does not fit the target.
     """
     if path == "lookup":
         return PromptLookup(**options)
     folder = find_drafter(target) if path == "auto" else resolve(path)
     if folder is None:
-        raise CheckpointError(f"no drafter for {target.folder}: no {target.folder.name}-assistant beside it")
+        raise CheckpointError(
+            f"no drafter for {target.folder}: no mtp.* tensors in it, and no {target.folder.name}-assistant beside it"
+        )
     checkpoint, family, config = open_model(folder, "drafter")
+    if not any(map(family.owns, checkpoint.tensors)):
+        raise CheckpointError(f"{checkpoint.folder} has no mtp.* tensors, so no drafter")
     family.check_fits(config, target.config)
     params = read_parameters(checkpoint, family, config, target.dtype, keep)
     return DRAFTERS[family](params, config, target, **options)
 
 
 def find_drafter(target):
-    """The folder of the assistant beside the target's, or None."""
+    """The folder of the target's drafter: its own where it has an MTP layer, or its assistant's beside it, or None."""
+    if target.has_mtp:
+        return target.folder
     folder = target.folder.resolve()
     beside = folder.parent / f"{folder.name}-assistant"
     return beside if beside.is_dir() else None

@@ -1,16 +1,20 @@
 """Arithmetic from a configuration alone: parameters by component, stored bytes, what the cache takes."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 COMPONENTS = {  # the last part of a tensor's place -> what it counts as
     **dict.fromkeys(("embed_tokens", "lm_head", "centroids"), "embedding"),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention"),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
-    **dict.fromkeys(("experts_gate_up_proj", "experts_down_proj", "router_proj"), "experts"),
+    **dict.fromkeys(("experts_gate_up_proj", "experts_down_proj", "router_proj", "router"), "experts"),
+    **dict.fromkeys(("shared_expert_gate_proj", "shared_expert_up_proj", "shared_expert_down_proj"), "shared expert"),
+    "shared_expert_gate": "shared expert",
+    **dict.fromkeys(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"), "deltanet"),
+    **dict.fromkeys(("conv1d", "A_log", "dt_bias"), "deltanet"),
     **dict.fromkeys(("embed_tokens_per_layer", "per_layer_model_projection"), "per-layer input"),
     **dict.fromkeys(("per_layer_input_gate", "per_layer_projection"), "per-layer input"),
-    **dict.fromkeys(("pre_projection", "post_projection"), "projections"),
+    **dict.fromkeys(("pre_projection", "post_projection", "fc"), "projections"),
 }
 
 
@@ -51,76 +55,100 @@ def stored_bytes(table, format):
         if kind == "permutation":
             total += 8 * math.prod(shape)
         elif kind != "unused":
-            kind = "linear" if kind == "experts" else kind
+            kind = {"experts": "linear", "zero_centred": "vector"}.get(kind, kind)
             size, weights = costs.get(place.split(".")[-1], costs[kind])
             total += math.prod(shape) * size // weights
     return total
 
 
-def describe(config, table, context, itemsize=4):
-    """Layer plan (layers alike in one row), parameters, bytes by storage format, bytes of KV, as a JSON-able dict."""
+def describe(config, table, context, itemsize=4, formats=tuple(FORMATS), mtp_table=None):
+    """Layer plan (layers alike in one row), parameters, bytes by storage format, bytes of cache, as a JSON-able dict.
+
+    formats: those of FORMATS to count bytes in; mtp_table: the tensors of the target's own MTP layer, if it has one.
+    """
     plans = {}
     for index, layer in enumerate(config.layers):
-        plans.setdefault(replace(layer, kv=0), []).append(index)
+        sizes = {name: value for name, value in asdict(layer).items() if name != "kv"}
+        plans.setdefault(tuple(sizes.items()), []).append(index)
     context = context or config.max_position_embeddings
-    held, per_token = kv_bytes(config, context, itemsize), kv_bytes(config, 1, itemsize)
+    held = kv_bytes(config, context, itemsize)
+    per_token = {kind: size for kind, size in kv_bytes(config, 1, itemsize).items() if kind != "linear"}
+    names = ("sliding_window", "per_layer_input", "intermediate_size")
+    optional = {name: getattr(config, name) for name in names if hasattr(config, name)}
     return {
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
-        "sliding_window": config.sliding_window,
-        "per_layer_input": config.per_layer_input,
+        **optional,
         "experts": asdict(config.experts) if config.experts else None,
-        "layers": [{**asdict(layer), "at": at} for layer, at in plans.items()],
-        "parameters": parameters(table),
-        "bytes": {format: stored_bytes(table, format) for format in FORMATS},
+        "layers": [{**dict(sizes), "at": at} for sizes, at in plans.items()],
+        "parameters": parameters(table) | ({"mtp": parameters(mtp_table)["total"]} if mtp_table else {}),
+        "bytes": {format: stored_bytes(table, format) for format in formats},
         "kv": {"context": context, "itemsize": itemsize, "bytes_per_token": per_token, "bytes": held},
     }
 
 
 def kv_bytes(config, context, itemsize):
-    """Bytes of the keys and values needed by layer kind for a context of that many tokens.
+    """Bytes of what the layers remember, by their kind, and an MTP layer, for a context of that many tokens.
 
-    A sliding layer needs at most window + 1 committed tokens. What a pass has not yet committed comes on top, and the
-    buffers' free slots: 16 in a sliding layer, up to as many again in a full one whose cache was given no capacity.
+    A sliding layer needs at most window + 1 committed tokens; a linear one a state, of at least 4 bytes a number, and
+    the window of its convolution, whatever the context. What is not yet committed comes on top, and the buffers' free
+    slots: 16 in a sliding layer, up to as many again in a full one whose cache was given no capacity.
     """
-    total = {layer.kind: 0 for layer in config.layers if layer.owns_kv}
+    total = {}
     for layer in config.layers:
-        if layer.owns_kv:
-            held = context if layer.kind == "full" else min(context, config.sliding_window + 1)
-            total[layer.kind] += 2 * layer.kv_heads * layer.head_dim * itemsize * held
+        if getattr(layer, "owns_kv", True):
+            total[layer.kind] = total.get(layer.kind, 0) + _layer_bytes(layer, config, context, itemsize)
+    if getattr(config, "mtp_layers", 0):
+        total["mtp"] = config.mtp_layers * _layer_bytes(config.attention, config, context, itemsize)
     return total
+
+
+def _layer_bytes(layer, config, context, itemsize):
+    if layer.kind == "linear":
+        state = layer.value_heads * layer.key_dim * layer.value_dim * max(4, itemsize)
+        return state + (layer.kernel - 1) * layer.channels * itemsize
+    held = min(context, config.sliding_window + 1) if layer.kind == "sliding" else context
+    return 2 * layer.kv_heads * layer.head_dim * itemsize * held
 
 
 def report_text(report):
     """What `describe` found (with "model", "family" and perhaps "stored_bytes"), for people to read."""
     experts, kv = report["experts"], report["kv"]
-    lines = [
-        f"{report['model']} ({report['family']})",
-        f"hidden size {report['hidden_size']}, vocabulary {report['vocab_size']}, "
-        f"context {report['max_position_embeddings']}, sliding window {report['sliding_window']}",
-    ]
-    if report["per_layer_input"]:
+    sizes = [f"hidden size {report['hidden_size']}", f"vocabulary {report['vocab_size']}"]
+    sizes.append(f"context {report['max_position_embeddings']}")
+    if "sliding_window" in report:
+        sizes.append(f"sliding window {report['sliding_window']}")
+    if report.get("intermediate_size"):
+        sizes.append(f"feed-forward {report['intermediate_size']}")
+    lines = [f"{report['model']} ({report['family']})", ", ".join(sizes)]
+    if report.get("per_layer_input"):
         lines.append(f"per-layer input of width {report['per_layer_input']}")
     if experts:
-        lines.append(f"{experts['count']} experts of width {experts['intermediate_size']}, {experts['top_k']} a token")
+        shared = f", and one of width {experts['shared_size']} for all" if "shared_size" in experts else ""
+        width = f"{experts['count']} experts of width {experts['intermediate_size']}"
+        lines.append(f"{width}, {experts['top_k']} a token{shared}")
     lines += ["", "layers"]
     for plan in report["layers"]:
-        own = (
-            f"{plan['kv_heads']} kv heads" + (" (k = v)" if plan["k_eq_v"] else "")
-            if plan["owns_kv"]
-            else "borrowed kv"
-        )
-        sizes = f"{plan['heads']} heads, {own}, of {plan['head_dim']}; feed-forward {plan['intermediate_size']}"
-        lines.append(f"  {len(plan['at']):3} {plan['kind']:8} {sizes}; at {_ranges(plan['at'])}")
+        lines.append(f"  {len(plan['at']):3} {plan['kind']:8} {_layer_text(plan)}; at {_ranges(plan['at'])}")
     lines += _table("parameters", report["parameters"])
     lines += _table("bytes in a published format", report["bytes"])
     if "stored_bytes" in report:
         lines += _table("bytes stored here, by type", report["stored_bytes"])
     if kv["bytes"]:
-        lines += _table(f"bytes of KV a token, {kv['itemsize']} bytes a number", kv["bytes_per_token"])
-        lines += _table(f"bytes of KV at {kv['context']} tokens", kv["bytes"])
+        lines += _table(f"bytes of cache a token, {kv['itemsize']} bytes a number", kv["bytes_per_token"])
+        lines += _table(f"bytes of cache at {kv['context']} tokens", kv["bytes"])
     return "\n".join(lines)
+
+
+def _layer_text(plan):
+    if plan["kind"] == "linear":
+        heads = f"{plan['key_heads']} key heads of {plan['key_dim']}, {plan['value_heads']} value heads"
+        return f"{heads} of {plan['value_dim']}; convolution of {plan['kernel']}"
+    own = f"{plan['kv_heads']} kv heads" + (" (k = v)" if plan.get("k_eq_v") else "")
+    text = f"{plan['heads']} heads, {own if plan.get('owns_kv', True) else 'borrowed kv'}, of {plan['head_dim']}"
+    width = plan.get("intermediate_size")
+    return f"{text}; feed-forward {width}" if width else text
 
 
 def _table(title, rows):

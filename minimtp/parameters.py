@@ -9,13 +9,14 @@ from .checkpoint import CheckpointError, show
 from .quant import Plain, check_finite, parse_quantization, read_weight
 
 PREFIXES = ("model.language_model.", "language_model.model.")  # spellings of "model."
+VECTORS = ("vector", "zero_centred")  # kinds of tensors that are always unpacked
 
 
 def read_parameters(checkpoint, family, config, dtype, keep):
     """The parameters as a tree of names; every tensor of the checkpoint is used exactly once, or skipped by name."""
     quantization = parse_quantization(checkpoint.config)
     table = family.tensors(config)
-    tensors, prefix = _wanted_tensors(checkpoint, family.SKIPPED, table), _prefix(checkpoint)
+    tensors, prefix = _wanted_tensors(checkpoint, family, table), _prefix(checkpoint)
     if keep == "auto":
         dense_bytes = sum(int(np.prod(shape)) for _, shape, _ in table.values()) * dtype.itemsize
         keep = "dense" if dense_bytes <= _free_memory() // 2 else "packed"
@@ -24,8 +25,8 @@ def read_parameters(checkpoint, family, config, dtype, keep):
         name = prefix + name.removeprefix("model.") if name.startswith("model.") else name
         for at, value in READERS[kind](tensors, place, name, shape, quantization):
             if not isinstance(value, np.ndarray):
-                value = _unpacked(value, dtype, kind == "vector" or keep == "dense")
-            _plant(params, at, value)
+                value = _unpacked(value, dtype, kind in VECTORS or keep == "dense")
+            _plant(params, at, value + 1 if kind == "zero_centred" else value)
     if tensors:
         more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
         raise CheckpointError(f"{checkpoint.folder}: unknown tensor {show(min(tensors))}{more}")
@@ -37,9 +38,9 @@ def _prefix(checkpoint):
     return next((p for p in PREFIXES if any(name.startswith(p) for name in checkpoint.tensors)), "model.")
 
 
-def _wanted_tensors(checkpoint, skipped, table):
-    """The checkpoint's tensors, less other towers' and the second copy of a tied head that some exports have."""
-    tensors = {name: raw for name, raw in checkpoint.tensors.items() if not name.startswith(skipped)}
+def _wanted_tensors(checkpoint, family, table):
+    """The checkpoint's tensors that are the family's, less the second copy of a tied head that some exports have."""
+    tensors = {name: raw for name, raw in checkpoint.tensors.items() if family.owns(name)}
     head, embedding = tensors.get("lm_head.weight"), tensors.get(f"{_prefix(checkpoint)}embed_tokens.weight")
     if "lm_head" not in table and head is not None and embedding is not None:
         same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
@@ -105,6 +106,7 @@ READERS = {
     "linear": _read_linear,
     "embedding": _read_linear,
     "vector": _read_vector,
+    "zero_centred": _read_vector,
     "experts": _read_experts,
     "permutation": _read_permutation,
     "unused": _read_unused,

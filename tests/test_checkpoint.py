@@ -17,12 +17,12 @@ from minimtp.checkpoint import (
     DTYPES,
     CheckpointError,
     bf16_to_float,
-    config_value,
     float_to_bf16,
     open_checkpoint,
     read_safetensors,
     write_safetensors,
 )
+from minimtp.config import config_value
 
 rng = np.random.default_rng(2)
 KINDS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1")

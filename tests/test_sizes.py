@@ -235,8 +235,8 @@ def test_experts_that_depend_on_company_are_caught(monkeypatch):
     """Negative control: a mixture a hair off where tokens share a pass."""
     whole = gemma4.mixture
 
-    def nudged(x_TD, chosen_TX, weights_TX, w):
-        out_TD = whole(x_TD, chosen_TX, weights_TX, w)
+    def nudged(x_TD, *rest):
+        out_TD = whole(x_TD, *rest)
         return out_TD * (1 + np.float32(2**-23) * (len(x_TD) > 1))
 
     drafter = wrong_at_every_depth("26b", 4, 20)  # and with it the reference

@@ -197,7 +197,7 @@ class Witness:
         self.inner, self.read = inner, {}
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
-        read = self.read.setdefault(id(cache), cache.tokens[:1])
+        read = self.read.setdefault(cache, cache.tokens[:1])
         first, read[len(read) :] = len(read), new_tokens_N
         assert read[:-1] == cache.tokens
         behind = [[position, cache.tokens[position]] for position in range(first - 1, cache.length)]

@@ -1,0 +1,76 @@
+"""Qwen 3.5 and 3.6's MTP layer: one more full-attention layer, in the target's own checkpoint, that drafts for it.
+
+It reads every token together with the target's hidden state before it, keeps keys and values of its own, and shares
+the target's embedding and head. Deeper drafts go through the same layer again, with its own output for hidden state.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from . import qwen35
+from .backend import arithmetic, matmul
+from .checkpoint import CheckpointError
+from .layers import no_tap, rms_norm
+
+MODEL_TYPES = qwen35.MODEL_TYPES
+HIDDEN = ("post-norm", "pre-norm")
+
+
+def parse_config(raw):
+    """The target's Config, with the MTP layer for its only layer. Raises CheckpointError for more than one."""
+    config = qwen35.parse_config(raw)
+    if config.mtp_layers > 1:
+        raise CheckpointError(f"config: mtp_num_hidden_layers {config.mtp_layers} is not supported (1 is)")
+    text = raw.get("text_config", raw)
+    if text.get("mtp_use_dedicated_embeddings"):
+        raise CheckpointError("config: mtp_use_dedicated_embeddings is not supported")
+    return layer_config(config)
+
+
+def layer_config(config):
+    """A target's configuration -> the same with the MTP layer for its only layer."""
+    return replace(config, layers=(config.attention,))
+
+
+def check_fits(config, target):
+    """Raise CheckpointError unless this layer can draft for a target of that configuration."""
+    if config != layer_config(target):
+        raise CheckpointError("drafter does not fit its target: the MTP layer of another configuration")
+
+
+def owns(name):
+    """Whether a checkpoint's tensor is the MTP layer's."""
+    return name.startswith("mtp.")
+
+
+def tensors(config):
+    """Every tensor of the layer, as in qwen35.tensors; a checkpoint stores all of them or none."""
+    D = config.hidden_size
+    table = {"fc": ("mtp.fc.weight", (D, 2 * D), "linear")}
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        table[name] = f"mtp.{name}.weight", (D,), "zero_centred"
+    return table | qwen35.layer_tensors(config.layers[0], config, "layers.0", "mtp.layers.0")
+
+
+def read(params, config, embedded_ND, hidden_ND, kv):
+    """Make the next N entries of kv -> the layer's output after its norm [N, D].
+
+    embedded_ND: the target's embeddings of tokens; hidden_ND: the target's hidden state before each of them, or in
+    deeper drafts what this returned. The rotary position of an entry is its place in kv: the target's position of that
+    hidden state (vLLM; llama.cpp counts one more: only differences of positions matter).
+    """
+    eps = config.rms_norm_eps
+    with arithmetic():
+        rope = qwen35.rope_at(config, np.arange(kv.length, kv.length + len(hidden_ND)), hidden_ND.dtype)
+        embedded_ND = rms_norm(embedded_ND, params.pre_fc_norm_embedding, eps)
+        hidden_ND = rms_norm(hidden_ND, params.pre_fc_norm_hidden, eps)
+        x_ND = matmul(np.concatenate([embedded_ND, hidden_ND], axis=-1), params.fc)
+        x_ND = qwen35.decoder_layer(x_ND, params.layers[0], config.layers[0], config, rope, kv, no_tap)
+        return qwen35.final_norm(params, config, x_ND)
+
+
+def logits(target_params, config, hidden_ND):
+    """The target's logits [N, V] of the layer's output."""
+    with arithmetic():
+        return qwen35.head(target_params, config, hidden_ND)
