@@ -1,17 +1,23 @@
-"""Greedy decoding of the bundled model, ours and transformers' (eager, float32) in turn: tokens/s and their ratio.
+"""How fast the bundled models are: greedy decoding, ours and transformers' in turn (eager, float32, the same weights
+unpacked); and our prompt in one pass, against one token a pass.
 
-python tests/hf/speed.py [TOKENS] [ROUNDS]
+python tests/hf/speed.py [tiny-gemma4|tiny-qwen35] [TOKENS] [ROUNDS]
 """
 
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import minimtp
-from minimtp.loading import resolve
+from minimtp.loading import bundled
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from double import load_reference  # noqa: E402
+
+PROMPT = 512
 
 
 def ours(target, prompt, count):
@@ -28,24 +34,37 @@ def theirs(model, prompt, count):
         out = model(token, past_key_values=out.past_key_values, use_cache=True)
 
 
+def read(target, prompt, width):
+    """The prompt in passes of `width` tokens."""
+    cache = target.new_cache()
+    for start in range(0, len(prompt), width):
+        target.forward(prompt[start : start + width], cache, last=1)
+        cache.commit()
+
+
 def seconds(function, *arguments):
     start = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - start
 
 
-def main(count=100, rounds=7):
-    target = minimtp.load("tiny-gemma4")
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve("tiny-gemma4"), dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+def in_turn(rounds, first, second):
+    """Times of two calls, taken in turn -> (median of each, median ratio of second to first)."""
+    pairs = [(seconds(*first), seconds(*second)) for _ in range(rounds + 1)][1:]  # the first pair warms up
+    return *map(median, zip(*pairs)), median(b / a for a, b in pairs)
+
+
+def main(name="tiny-gemma4", count=100, rounds=7):
+    target, model = minimtp.load(name), load_reference(bundled(name))
+    model.set_attn_implementation("eager")
     prompt = target.tokenizer.encode("ROMEO:\n")
-    pairs = [(seconds(ours, target, prompt, count), seconds(theirs, model, prompt, count)) for _ in range(rounds + 1)]
-    pairs = pairs[1:]  # the first warms up
-    print(f"minimtp      {count / median(a for a, _ in pairs):8.1f} tokens/s")
-    print(f"transformers {count / median(b for _, b in pairs):8.1f} tokens/s")
-    print(f"ratio        {median(b / a for a, b in pairs):8.2f} (median of {rounds} pairs)")
+    a, b, ratio = in_turn(rounds, (ours, target, prompt, count), (theirs, model, prompt, count))
+    print(f"decoding: minimtp {count / a:.1f} tokens/s, transformers {count / b:.1f}: {ratio:.2f} times as fast")
+    text = target.tokenizer.encode(bundled("heldout.txt").read_text(encoding="utf-8"))[:PROMPT]
+    a, b, ratio = in_turn(rounds, (read, target, text, PROMPT), (read, target, text, 1))
+    print(f"a prompt of {PROMPT}: {1e3 * a:.0f} ms in one pass, {1e3 * b:.0f} one by one: {ratio:.2f} times as fast")
+    print(f"(medians of {rounds} pairs, {torch.get_num_threads()} torch threads)")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*sys.argv[1:2], *map(int, sys.argv[2:]))
