@@ -187,10 +187,10 @@ class DeltaState:
         """The last W - 1 inputs of the convolution [W - 1, C], zeros where there were fewer."""
         wanted, parts = self.sizes[-1] - 1, []
         for reading in reversed(self._readings):
-            if wanted <= 0:
-                break
-            parts.insert(0, reading.conv_TC[-wanted:])
+            parts.insert(0, reading.conv_TC[max(0, len(reading.conv_TC) - wanted) :])
             wanted -= len(parts[0])
+            if not wanted:
+                break
         return np.concatenate(parts)
 
     def append(self, conv_TC, k_TGK, u_THV, log_decay_TH, state_HKV):

@@ -255,17 +255,18 @@ def gated_delta(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, state_HKV):
         return gated_delta_chunk(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, state_HKV)
     q_THK, k_THK = _for_value_heads(q_TGK, v_THV), _for_value_heads(k_TGK, v_THV)
     out_THV, u_THV, decay_TH = np.empty_like(v_THV), np.empty_like(v_THV), np.exp(log_decay_TH)
+    new_HKV, scratch_HKV = np.empty_like(state_HKV), np.empty_like(state_HKV)
     for t in range(len(v_THV)):
         token = q_THK[t], k_THK[t], v_THV[t], decay_TH[t], beta_TH[t]
-        out_THV[t], u_THV[t], state_HKV = gated_delta_step(*token, state_HKV)
+        out_THV[t], u_THV[t], state_HKV = gated_delta_step(*token, state_HKV, new_HKV, scratch_HKV)
     return out_THV, u_THV, state_HKV
 
 
-def gated_delta_step(q_HK, k_HK, v_HV, decay_H, beta_H, state_HKV):
-    """The rule for one token, as it is defined -> (out [H, V], u [H, V], state)."""
-    faded_HKV = state_HKV * decay_H[:, None, None]
-    u_HV = beta_H[:, None] * (v_HV - (k_HK[:, None] @ faded_HKV)[:, 0])
-    state_HKV = faded_HKV + k_HK[:, :, None] * u_HV[:, None]
+def gated_delta_step(q_HK, k_HK, v_HV, decay_H, beta_H, state_HKV, new_HKV=None, scratch_HKV=None):
+    """The rule for one token, as it is defined -> (out [H, V], u [H, V], state), the state in new_HKV if given."""
+    state_HKV = np.multiply(state_HKV, decay_H[:, None, None], out=new_HKV)
+    u_HV = beta_H[:, None] * (v_HV - (k_HK[:, None] @ state_HKV)[:, 0])
+    state_HKV += np.multiply(k_HK[:, :, None], u_HV[:, None], out=scratch_HKV)
     return (q_HK[:, None] @ state_HKV)[:, 0], u_HV, state_HKV
 
 
@@ -293,9 +294,8 @@ def _delta_block(q_HTK, k_HTK, v_HTV, log_decay_HT, beta_HT, state_HKV):
     past_TT = np.tri(sums_HT.shape[1], dtype=bool)
     between_HTT = np.exp(np.where(past_TT, sums_HT[:, :, None] - sums_HT[:, None], -np.inf)).astype(dtype)
     beta_HT1, from_state_HTV = beta_HT[:, :, None], since_HT1 * (k_HTK @ state_HKV)
-    system_HTT = np.tril(beta_HT1 * between_HTT * (k_HTK @ k_HTK.swapaxes(1, 2)), -1) + np.eye(
-        len(past_TT), dtype=dtype
-    )
+    answers_HTT = between_HTT * (k_HTK @ k_HTK.swapaxes(1, 2))  # to the key at t of what was written at s
+    system_HTT = np.tril(beta_HT1 * answers_HTT, -1) + np.eye(len(past_TT), dtype=dtype)
     u_HTV = np.linalg.solve(system_HTT, beta_HT1 * (v_HTV - from_state_HTV))
     from_writes_HTV = (between_HTT * (q_HTK @ k_HTK.swapaxes(1, 2))) @ u_HTV
     return since_HT1 * (q_HTK @ state_HKV) + from_writes_HTV, u_HTV
@@ -305,9 +305,11 @@ def delta_writes(k_TGK, u_THV, log_decay_TH, state_HKV):
     """The state after the writes u at k: one by one in narrow passes, as the steps did it, else as one product."""
     k_THK = _for_value_heads(k_TGK, u_THV)
     if len(u_THV) <= ROWS:
+        new_HKV, scratch_HKV = state_HKV.copy(), np.empty_like(state_HKV)
         for k_HK, u_HV, decay_H in zip(k_THK, u_THV, np.exp(log_decay_TH)):
-            state_HKV = state_HKV * decay_H[:, None, None] + k_HK[:, :, None] * u_HV[:, None]
-        return state_HKV
+            new_HKV *= decay_H[:, None, None]
+            new_HKV += np.multiply(k_HK[:, :, None], u_HV[:, None], out=scratch_HKV)
+        return new_HKV
     sums_TH = np.cumsum(log_decay_TH, axis=0, dtype=np.float64)
     left_TH1 = np.exp(sums_TH[-1] - sums_TH).astype(u_THV.dtype)[:, :, None]
     faded_HKV = state_HKV * np.exp(sums_TH[-1]).astype(u_THV.dtype)[:, None, None]

@@ -63,10 +63,13 @@ def check_all_double(model):
         assert not tensor.is_floating_point() or tensor.dtype == torch.float64, f"{name} stayed {tensor.dtype}"
 
 
-def load_reference(folder):
-    """The transformers model of a checkpoint folder, float32, every tensor accounted for."""
+def load_reference(folder, model_class=None):
+    """The transformers model of a checkpoint folder, float32, every tensor accounted for.
+
+    model_class: another than the checkpoint names.
+    """
     config = json.loads((Path(folder) / "config.json").read_text())
-    model_class = getattr(transformers, config["architectures"][0])
+    model_class = model_class or getattr(transformers, config["architectures"][0])
     if "quantization_config" in config:
         return round_frequencies(load_dequantized(folder, model_class))
     model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -77,15 +80,25 @@ def load_reference(folder):
 def load_dequantized(folder, model_class):
     """Int4 weights as compressed-tensors unpacks them, in a plain model (compressed-tensors' own modules cannot be
     turned to double)."""
-    unpack = transformers.CompressedTensorsConfig(dequantize=True)
+    unpack, config = transformers.CompressedTensorsConfig(dequantize=True), own_config(folder, model_class)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that `unpack` adds to the folder's config
-        packed = model_class.from_pretrained(folder, dtype=torch.float32, quantization_config=unpack)
+        packed = model_class.from_pretrained(folder, config=config, dtype=torch.float32, quantization_config=unpack)
     weights = {k: v for k, v in packed.state_dict().items() if not k.endswith(("weight_scale", "weight_shape"))}
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = own_config(folder, model_class)
     del config.quantization_config
     plain = model_class._from_config(config, dtype=torch.float32)  # in the config's own bfloat16 weights are rounded
     plain.load_state_dict(weights)
     return plain.eval()
+
+
+def own_config(folder, model_class):
+    """The folder's configuration, or the text model's out of it, as the class wants it."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if isinstance(config, model_class.config_class):
+        return config
+    text = config.get_text_config()
+    text.quantization_config = config.quantization_config
+    return text
 
 
 def round_frequencies(model):
@@ -94,14 +107,21 @@ def round_frequencies(model):
     float32 `pow` is a unit in the last place off here and there, and where depends on the machine (torch with AVX2: in
     1 of 128 entries at head width 256): so would the reference, by 1e-7.
     """
-    for rope in (module for module in model.modules() if hasattr(module, "rope_init_fns")):
-        for kind, function in rope.rope_init_fns.items():
+    for rope in model.modules():
+        for kind, function in getattr(rope, "rope_init_fns", {}).items():
             with double_pow():
                 frequencies, _ = function(rope.config.per_layer_config[kind], layer_type=kind)
-            buffer = getattr(rope, f"{kind}_inv_freq")
-            torch.testing.assert_close(frequencies, buffer, rtol=2**-23, atol=0)
-            buffer.copy_(frequencies)
+            replace_rounded(getattr(rope, f"{kind}_inv_freq"), frequencies)
+        if hasattr(rope, "compute_default_rope_parameters") and hasattr(rope, "inv_freq"):  # of one kind in all layers
+            with double_pow():
+                frequencies, _ = rope.compute_default_rope_parameters(rope.config)
+            replace_rounded(rope.inv_freq, frequencies)
     return model
+
+
+def replace_rounded(buffer, frequencies):
+    torch.testing.assert_close(frequencies, buffer, rtol=2**-23, atol=0)
+    buffer.copy_(frequencies)
 
 
 @contextmanager
