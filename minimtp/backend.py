@@ -74,27 +74,31 @@ def matmul(x_TI, w_OI):
     w_OI is an array, or anything with `shape` and `rows(start, stop, dtype) -> [stop - start, I]`. Up to ROWS
     tokens each is multiplied by itself, so its result does not depend on how many share the pass.
     """
+    parts = tiles(*w_OI.shape)
+    if len(parts) == 1 and len(x_TI):
+        return _product(x_TI, _tile(w_OI, *parts[0], x_TI.dtype))
     out_TO = np.empty((len(x_TI), w_OI.shape[0]), x_TI.dtype)
     if not len(x_TI):
         return out_TO  # nothing to unpack the weight for
-    x_TI1 = np.ascontiguousarray(x_TI)[:, :, None]
 
     def one(bounds):
-        tile = _tile(w_OI, *bounds, x_TI.dtype)
-        if len(x_TI) <= ROWS:
-            out_TO[:, slice(*bounds)] = np.matmul(tile, x_TI1)[:, :, 0]
-        else:
-            np.matmul(x_TI, tile.T, out=out_TO[:, slice(*bounds)])
+        out_TO[:, slice(*bounds)] = _product(x_TI, _tile(w_OI, *bounds, x_TI.dtype))
 
     def quiet(bounds):  # the pool's threads do not inherit what `arithmetic` set
         with np.errstate(over="ignore", invalid="ignore"):
             one(bounds)
 
-    parts = tiles(*w_OI.shape)
-    small = len(parts) == 1 or w_OI.shape[0] * w_OI.shape[1] * 4 < POOL_BYTES
+    small = w_OI.shape[0] * w_OI.shape[1] * 4 < POOL_BYTES
     for _ in map(one, parts) if small else _pool().map(quiet, parts):
         pass
     return out_TO
+
+
+def _product(x_TI, tile_OI):
+    """x_TI times the tile's transpose; in a narrow pass one matrix-vector product for each token."""
+    if len(x_TI) > ROWS:
+        return x_TI @ tile_OI.T
+    return np.matmul(tile_OI, np.ascontiguousarray(x_TI)[:, :, None])[:, :, 0]
 
 
 def gather(w_VD, ids_T, dtype):

@@ -86,7 +86,7 @@ def token_ids(ids_T, vocab_size, placeholders=()):
 
 def rms_norm(x, weight=None, eps=1e-6):
     """Root-mean-square norm over the last axis, times `weight` where there is one (Zhang & Sennrich 2019)."""
-    mean = (x * x).sum(-1, keepdims=True) / x.shape[-1]
+    mean = np.add.reduce(x * x, axis=-1, keepdims=True) / x.shape[-1]
     normed = x / np.sqrt(mean + eps)
     return normed if weight is None else normed * weight
 
@@ -235,7 +235,7 @@ def mixture(x_TD, chosen_TX, weights_TX, w, activation):
 
 def l2_norm(x, eps=1e-6):
     """x over its length along the last axis, as in flash-linear-attention: the eps is under the root."""
-    return x / np.sqrt((x * x).sum(-1, keepdims=True) + eps)
+    return x / np.sqrt(np.add.reduce(x * x, axis=-1, keepdims=True) + eps)
 
 
 def causal_conv(x_TC, weight_CW, window_WC):

@@ -270,7 +270,8 @@ def _mlp_tensors(place, prefix, F, D):
 def attention(x_TD, w, layer, eps, rope, kv):
     """Gated full attention -> [T, D]: each token sees everything kv holds up to itself."""
     T, H, G, K = len(x_TD), layer.heads, layer.kv_heads, layer.head_dim
-    q_THK, gate_THK = np.split(matmul(x_TD, w.q_proj).reshape(T, H, 2 * K), 2, axis=-1)
+    both_TH2K = matmul(x_TD, w.q_proj).reshape(T, H, 2 * K)
+    q_THK, gate_THK = both_TH2K[..., :K], both_TH2K[..., K:]
     k_TGK = matmul(x_TD, w.k_proj).reshape(T, G, K)
     start = kv.length
     kv.append(rotate(rms_norm(k_TGK, w.k_norm, eps), rope), matmul(x_TD, w.v_proj).reshape(T, G, K))
@@ -284,10 +285,10 @@ def delta_net(x_TD, w, layer, eps, memory):
     T, G, H, K = len(x_TD), layer.key_heads, layer.value_heads, layer.key_dim
     conv_TC = matmul(x_TD, w.in_proj_qkv)
     mixed_TC = silu(causal_conv(conv_TC, w.conv1d[:, 0], memory.window()))
-    q_TC, k_TC, v_TC = np.split(mixed_TC, [G * K, 2 * G * K], axis=-1)
-    q_TGK, k_TGK = l2_norm(q_TC.reshape(T, G, K)) * x_TD.dtype.type(K**-0.5), l2_norm(k_TC.reshape(T, G, K))
+    qk_T2GK = l2_norm(mixed_TC[:, : 2 * G * K].reshape(T, 2, G, K))
+    q_TGK, k_TGK = qk_T2GK[:, 0] * x_TD.dtype.type(K**-0.5), qk_T2GK[:, 1].copy()  # a view would keep both
     log_decay_TH = -np.exp(w.A_log) * softplus(matmul(x_TD, w.in_proj_a) + w.dt_bias)
-    beta_TH, v_THV = sigmoid(matmul(x_TD, w.in_proj_b)), v_TC.reshape(T, H, layer.value_dim)
+    beta_TH, v_THV = sigmoid(matmul(x_TD, w.in_proj_b)), mixed_TC[:, 2 * G * K :].reshape(T, H, layer.value_dim)
     out_THV, u_THV, state_HKV = gated_delta(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, memory.state_HKV)
     memory.append(conv_TC, k_TGK, u_THV, log_decay_TH, state_HKV)
     gate_THV = silu(matmul(x_TD, w.in_proj_z)).reshape(out_THV.shape)

@@ -5,14 +5,20 @@ Every property is one call of `independent_of_width` or `same_bits`; arithmetic 
 through the same calls and must be caught.
 """
 
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from random_qwen import write_qwen
 from threadpoolctl import threadpool_info
-from tiny import MODELS, pair, random_ids, random_prompt, same_bits
+from tiny import FOLDER, MODELS, pair, random_ids, random_prompt, same_bits
 
-from minimtp import Sampling, backend, gemma4, layers
+import minimtp
+from minimtp import Sampling, backend, gemma4, layers, qwen35, qwen35_mtp
 from minimtp.backend import ROWS, arithmetic, matmul, tiles
-from minimtp.cache import FullKV, SlidingKV
+from minimtp.cache import DeltaState, FullKV, SlidingKV
 from minimtp.checkpoint import float_to_bf16
 from minimtp.quant import Plain, pack
 
@@ -302,3 +308,360 @@ def test_attention_over_masked_padding_is_caught(dtype):
         return (weights_GTRS @ v_GSK[:, None, held]).swapaxes(0, 1)
 
     assert not independent_of_width(masked, q_THK, np.arange(ROWS) + 30)
+
+
+# Qwen 3.5: functions of single tokens
+
+
+@every_dtype
+@pytest.mark.parametrize("heads, width", [(1, 1), (3, 5), (2, 8), (5, 31), (2, 128), (16, 65)])
+def test_norms_by_length_and_gates_do_not_depend_on_the_width(heads, width, dtype):
+    """Of heads that lie beside others in a row, as those of one projection do."""
+    x_THK = 5 * normal((ROWS, heads, width + 3), dtype)[..., :width]
+    for f in (layers.l2_norm, layers.silu, layers.sigmoid, layers.softplus):
+        assert independent_of_width(f, x_THK)
+    assert independent_of_width(lambda x_THK: layers.silu(x_THK) * layers.sigmoid(-x_THK), x_THK)
+
+
+@every_dtype
+@pytest.mark.parametrize("heads, head_dim, rotary_dim", [(1, 8, 2), (3, 12, 6), (4, 16, 4), (2, 256, 64), (5, 10, 10)])
+def test_rotating_part_of_a_head_does_not_depend_on_the_width(heads, head_dim, rotary_dim, dtype):
+    frequencies_C = layers.rope_frequencies(layers.Rope("default", 1e7), rotary_dim)
+
+    def f(x_THK, positions_T):
+        return layers.rotate(x_THK, layers.rope_table(frequencies_C, positions_T, np.dtype(dtype)))
+
+    x_THK, positions_T = normal((ROWS, heads, head_dim), dtype), np.arange(ROWS) + 1000
+    assert independent_of_width(f, x_THK, positions_T)
+    assert same_bits(f(x_THK, positions_T)[..., rotary_dim:], x_THK[..., rotary_dim:])
+
+
+EXPERTS = [(7, 3, 20, 12), (5, 5, 31, 33), (16, 1, 8, 40), (12, 8, 64, 24)]  # how many, of which a token uses; widths
+
+
+def mixture_case(count, top_k, model, inner, dtype):
+    """(x of ROWS tokens, what best_experts is given for them, the experts' weights)"""
+    shapes = {"gate_proj": (inner, model), "up_proj": (inner, model), "down_proj": (model, inner)}
+    experts = {f"experts_{name}": normal((count, *shape), dtype, i) for i, (name, shape) in enumerate(shapes.items())}
+    return tokens(model, dtype), normal((count, model), dtype, 4), SimpleNamespace(**experts)
+
+
+@every_dtype
+@pytest.mark.parametrize("count, top_k, model, inner", EXPERTS)
+def test_a_mixture_of_experts_does_not_depend_on_the_width(count, top_k, model, inner, dtype):
+    x_TD, router_ED, w = mixture_case(count, top_k, model, inner, dtype)
+
+    def f(x_TD):
+        return layers.mixture(x_TD, *layers.best_experts(matmul(x_TD, router_ED), top_k), w, layers.silu)
+
+    assert len({tuple(row) for row in layers.best_experts(matmul(x_TD, router_ED), top_k)[0]}) > ROWS // 4
+    assert independent_of_width(f, x_TD)
+
+
+# Qwen 3.5: what passes from token to token
+
+
+def in_passes(f, width, state, per_token):
+    """All tokens in passes of a width; f(state, *those of a pass) -> (a result of each, state)."""
+    results = []
+    for start in range(0, len(per_token[0]), width):
+        result, state = f(state, *(x[start : start + width] for x in per_token))
+        results.append(result)
+    return [np.concatenate(results), *contents(state)]
+
+
+def contents(state):
+    return [state] if isinstance(state, np.ndarray) else list(state.state().values())
+
+
+def independent_of_passes(f, new_state, *per_token):
+    """However the tokens are divided into passes: are every result and the state at the end the same bits?"""
+    alone = in_passes(f, 1, new_state(), per_token)
+    return all(all(map(same_bits, in_passes(f, width, new_state(), per_token), alone)) for width in range(2, ROWS + 1))
+
+
+def convolution(conv):
+    """Such a function out of one of x, weight and window."""
+
+    def f(window_WC, x_TC, weight_CW):
+        return conv(x_TC, weight_CW, window_WC), np.concatenate([window_WC, x_TC])[len(x_TC) :]
+
+    return f
+
+
+@every_dtype
+@pytest.mark.parametrize("channels, width", [(1, 4), (7, 2), (64, 4), (100, 3), (33, 5)])
+def test_a_causal_convolution_does_not_depend_on_the_passes(channels, width, dtype):
+    weight_CW, x_TC = normal((channels, width), dtype, 2), normal((3 * ROWS, channels), dtype)
+
+    def f(window_WC, x_TC):
+        return convolution(layers.causal_conv)(window_WC, x_TC, weight_CW)
+
+    assert independent_of_passes(f, lambda: np.zeros((width - 1, channels), dtype), x_TC)
+
+
+DELTA = [(1, 1, 8, 8), (2, 4, 16, 6), (3, 3, 5, 12), (2, 6, 31, 33), (1, 3, 128, 128)]  # key and value heads, widths
+every_delta = pytest.mark.parametrize("sizes", DELTA, ids=str)
+
+
+def delta_case(sizes, dtype, length=3 * ROWS):
+    """(what gated_delta takes of each token, the state before)"""
+    G, H, K, V = sizes
+    q_TGK, k_TGK = (layers.l2_norm(normal((length, G, K), dtype, seed)) for seed in (1, 2))
+    log_decay_TH, beta_TH = (np.abs(normal((length, H), dtype, seed)) for seed in (3, 4))
+    per_token = q_TGK, k_TGK, normal((length, H, V), dtype, 5), -log_decay_TH, layers.sigmoid(beta_TH)
+    return per_token, normal((H, K, V), dtype, 6)
+
+
+def delta(rule):
+    """The rule as in_passes wants it; its writes count as results."""
+
+    def f(state_HKV, *per_token):
+        out_THV, u_THV, state_HKV = rule(*per_token, state_HKV)
+        return np.concatenate([out_THV, u_THV], axis=-1), state_HKV
+
+    return f
+
+
+@every_dtype
+@every_delta
+def test_the_gated_delta_rule_does_not_depend_on_the_passes(sizes, dtype):
+    per_token, state_HKV = delta_case(sizes, dtype)
+    assert independent_of_passes(delta(layers.gated_delta), lambda: state_HKV, *per_token)
+
+
+def written_again(sizes, dtype, length):
+    """(state after so many tokens, state after what they wrote was written again)"""
+    (q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH), state_HKV = delta_case(sizes, dtype, length)
+    _, u_THV, after_HKV = layers.gated_delta(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, state_HKV)
+    return after_HKV, layers.delta_writes(k_TGK, u_THV, log_decay_TH, state_HKV)
+
+
+@every_dtype
+@every_delta
+def test_writing_again_reaches_the_same_state(sizes, dtype):
+    assert all(same_bits(*written_again(sizes, dtype, length)) for length in range(1, ROWS + 1))
+
+
+# Qwen 3.5: whole layers, and the whole model
+
+QWENS = ("dense", "three_to_one", "int4", "moe", "moe_int4")
+WIDTHS = (9, 1, 16, 2, 5, 12, 3, 15, 8, 4, 14, 7, 10, 6, 13, 11)
+every_qwen = pytest.mark.parametrize("name", QWENS)
+
+
+@cache
+def qwen(name, dtype="float32", keep="auto"):
+    """The target of random_qwen.CONFIGS[name]."""
+    folder = Path(FOLDER.name) / f"qwen_{name}"
+    return minimtp.load(folder if folder.exists() else write_qwen(name, folder), dtype=dtype, keep=keep)
+
+
+def mixer(target, i, dtype):
+    """Attention or DeltaNet of layer i -> (as in_passes wants it, a function that makes its memory)"""
+    config, w = target.config, target.params.layers[i]
+    layer, eps = config.layers[i], config.rms_norm_eps
+
+    def delta_net(memory, x_TD):
+        return qwen35.delta_net(x_TD, w, layer, eps, memory), memory
+
+    def attention(memory, x_TD):
+        rope = qwen35.rope_at(config, np.arange(memory.length, memory.length + len(x_TD)), np.dtype(dtype))
+        return qwen35.attention(x_TD, w, layer, eps, rope, memory), memory
+
+    if layer.kind == "full":
+        return attention, lambda: FullKV(layer.kv_heads, layer.head_dim, dtype)
+    sizes = layer.key_heads, layer.value_heads, layer.key_dim, layer.value_dim, layer.kernel
+    return delta_net, lambda: DeltaState(*sizes, dtype)
+
+
+@every_dtype
+@every_qwen
+def test_whole_layers_do_not_depend_on_the_passes(name, dtype):
+    target = qwen(name, dtype)
+    x_TD = normal((3 * ROWS, target.config.hidden_size), dtype)
+    kinds = [layer.kind for layer in target.config.layers]
+    for i in (kinds.index("linear"), kinds.index("full")):
+        assert independent_of_passes(*mixer(target, i, dtype), x_TD)
+        w = target.params.layers[i]
+        assert independent_of_width(lambda x: qwen35.feed_forward(x, w, target.config, layers.no_tap), x_TD[:ROWS])  # noqa: B023
+
+
+@every_dtype
+@every_qwen
+def test_the_mtp_layer_does_not_depend_on_the_passes(name, dtype):
+    target = qwen(name, dtype)
+    drafter, D = minimtp.load_drafter("auto", target), target.config.hidden_size
+    attention = target.config.attention
+
+    def f(kv, embedded_ND, hidden_ND):
+        return qwen35_mtp.read(drafter.params, drafter.config, embedded_ND, hidden_ND, kv), kv
+
+    per_token = (normal((3 * ROWS, D), dtype, seed) for seed in (1, 2))
+    assert independent_of_passes(f, lambda: FullKV(attention.kv_heads, attention.head_dim, dtype), *per_token)
+
+
+@cache
+def qwen_token_by_token(name, dtype):
+    """(ids, logits of each, hidden states, what every layer remembers at the end), each read in a pass of its own."""
+    target = qwen(name, dtype)
+    ids_T, memory = random_prompt(target, sum(WIDTHS)), target.new_cache()
+    outs = [target.forward([token], memory) for token in ids_T]
+    logits_TV, hidden_TD = (np.concatenate([getattr(out, part) for out in outs]) for part in ("logits_TV", "hidden_TD"))
+    return ids_T, logits_TV, hidden_TD, remembered(memory)
+
+
+def remembered(memory):
+    return [array for layer in memory.layers for array in contents(layer)]
+
+
+def qwen_in_passes(target, ids_T, widths=WIDTHS):
+    memory, outs = target.new_cache(capacity=len(ids_T)), []
+    for width in widths:
+        outs.append(target.forward(ids_T[memory.length : memory.length + width], memory))
+    return *(np.concatenate([getattr(out, part) for out in outs]) for part in ("logits_TV", "hidden_TD")), memory
+
+
+@pytest.mark.parametrize(
+    "name, dtype, keep",
+    [*((name, "float32", "dense") for name in QWENS), *((name, "float64", "dense") for name in ("three_to_one", "moe")),
+     *((name, "float32", "packed") for name in ("dense", "int4", "moe_int4"))],
+)  # fmt: skip
+def test_a_pass_of_qwen_gives_bit_for_bit_what_single_passes_give(name, dtype, keep):
+    ids_T, logits_TV, hidden_TD, expected = qwen_token_by_token(name, dtype)
+    assert len(np.unique(logits_TV, axis=0)) == len(ids_T)
+    logits, hidden, memory = qwen_in_passes(qwen(name, dtype, keep), ids_T)
+    assert same_bits(logits, logits_TV) and same_bits(hidden, hidden_TD)
+    assert all(map(same_bits, remembered(memory), expected))
+
+
+def test_packed_and_dense_qwen_are_one_model():
+    dense, packed = (qwen("moe_int4", keep=keep) for keep in ("dense", "packed"))
+    ids_T = random_ids(60, dense.config.vocab_size)
+    for place in ("in_proj_qkv", "shared_expert_up_proj"):
+        arrays = [isinstance(getattr(target.params.layers[0], place), np.ndarray) for target in (dense, packed)]
+        assert arrays == [True, False]
+    assert same_bits(*(target.forward(ids_T, target.new_cache()).logits_TV for target in (dense, packed)))
+
+
+def test_a_pass_of_qwen_holds_blas_to_one_thread(monkeypatch):
+    seen = {}
+
+    def spy(module):
+        def matmul(*operands):
+            found = [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+            seen.setdefault(module.__name__, set()).update(found)
+            return backend.matmul(*operands)
+
+        return matmul
+
+    if not any(library["user_api"] == "blas" for library in threadpool_info()):
+        pytest.skip("no BLAS here whose threads could be counted")
+    for module in (qwen35, qwen35_mtp):
+        monkeypatch.setattr(module, "matmul", spy(module))
+    target = qwen("moe")
+    memory = target.new_cache()
+    out = target.forward([1], memory)
+    minimtp.load_drafter("auto", target).propose([2], out.hidden_TD, memory, 1, Sampling(temperature=0.0), ())
+    assert seen == {module.__name__: {1} for module in (qwen35, qwen35_mtp)}
+
+
+# The checks of Qwen catch what they are there for
+
+
+@every_dtype
+@every_delta
+def test_the_chunked_rule_in_narrow_passes_is_caught(sizes, dtype):
+    per_token, state_HKV = delta_case(sizes, dtype)
+    assert not independent_of_passes(delta(layers.gated_delta_chunk), lambda: state_HKV, *per_token)
+
+
+@every_dtype
+@every_delta
+def test_writing_again_as_one_product_is_caught(sizes, dtype, monkeypatch):
+    stepwise = [written_again(sizes, dtype, length)[0] for length in range(1, ROWS + 1)]
+    monkeypatch.setattr(layers, "ROWS", 0)
+    assert not all(same_bits(a, written_again(sizes, dtype, i + 1)[1]) for i, a in enumerate(stepwise))
+
+
+@every_dtype
+def test_a_convolution_as_a_product_with_zeros_is_caught(dtype):
+    """Each channel's Toeplitz matrix times its inputs: the zeros change the order of sums."""
+
+    def toeplitz(x_TC, weight_CW, window_WC):
+        padded_SC = np.concatenate([window_WC, x_TC])
+        (T, C), W = x_TC.shape, weight_CW.shape[1]
+        matrix_CTS = np.zeros((C, T, T + W - 1), dtype)
+        for t in range(T):
+            matrix_CTS[:, t, t : t + W] = weight_CW
+        return (matrix_CTS @ padded_SC.T[:, :, None])[:, :, 0].T
+
+    weight_CW, x_TC = normal((64, 4), dtype, 2), normal((3 * ROWS, 64), dtype)
+    for conv, passes in ((toeplitz, False), (layers.causal_conv, True)):
+        f = convolution(conv)
+        state = np.zeros((3, 64), dtype)
+        assert passes == independent_of_passes(lambda s, x: f(s, x, weight_CW), lambda: state, x_TC)  # noqa: B023
+
+
+@every_dtype
+def test_experts_summed_in_the_order_of_their_first_use_are_caught(dtype):
+    x_TD, router_ED, w = mixture_case(7, 4, 20, 12, dtype)
+
+    def f(x_TD):
+        chosen_TX, weights_TX = layers.best_experts(matmul(x_TD, router_ED), 4)
+        out_TD = np.zeros_like(x_TD)
+        for e in dict.fromkeys(chosen_TX.ravel().tolist()):
+            t, place = np.nonzero(chosen_TX == e)
+            expert = w.experts_gate_proj[e], w.experts_up_proj[e], w.experts_down_proj[e]
+            out_TD[t] += layers.gated_mlp(x_TD[t], *expert, layers.silu) * weights_TX[t, place, None]
+        return out_TD
+
+    assert not independent_of_width(f, x_TD)
+
+
+@every_dtype
+def test_lengths_summed_over_rows_that_are_not_contiguous_are_caught(dtype):
+    def f(x_TK):
+        return np.ascontiguousarray(layers.l2_norm(np.asfortranarray(x_TK)))
+
+    assert not all(independent_of_width(f, tokens(width, dtype)) for width in (31, 64, 128, 256))
+
+
+@pytest.mark.parametrize("name", ["dense", "moe_int4"])
+def test_a_layer_with_the_chunked_rule_is_caught(name, monkeypatch):
+    target, i = qwen(name), 0
+    x_TD = normal((3 * ROWS, target.config.hidden_size), "float32")
+    monkeypatch.setattr(qwen35, "gated_delta", layers.gated_delta_chunk)
+    assert target.config.layers[i].kind == "linear"
+    assert not independent_of_passes(*mixer(target, i, "float32"), x_TD)
+
+
+WRONG_PASSES = {
+    "the chunked rule": lambda patch: patch.setattr(qwen35, "gated_delta", layers.gated_delta_chunk),
+    "all of it as in wide passes": lambda patch: patch.setattr(layers, "ROWS", 0),
+    "attention as in wide passes": lambda patch: patch.setattr(qwen35, "attend", attend_as_if_wide),
+    "positions from nought in every pass": lambda patch: patch.setattr(qwen35, "rope_at", rope_from_nought),
+    "a window of zeros": lambda patch: patch.setattr(DeltaState, "window", lambda self: 0 * WINDOW(self)),
+}
+WINDOW, ROPE_AT, ATTEND = DeltaState.window, qwen35.rope_at, layers.attend
+
+
+def rope_from_nought(config, positions_T, dtype):
+    return ROPE_AT(config, positions_T - positions_T[0], dtype)
+
+
+def attend_as_if_wide(q_THK, k_GSK, v_GSK, low_T, high_T, scale=1.0):
+    """With as many queries before these as make the pass wide."""
+    more = [0] * (ROWS + 1)
+    padded_THK = np.concatenate([np.repeat(q_THK[:1], ROWS + 1, axis=0), q_THK])
+    return ATTEND(padded_THK, k_GSK, v_GSK, [*more, *low_T], [*(1 for _ in more), *high_T], scale)[ROWS + 1 :]
+
+
+@pytest.mark.parametrize("wrong", WRONG_PASSES)
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_a_model_whose_passes_differ_is_caught(name, wrong, monkeypatch):
+    ids_T, logits_TV, _, _ = qwen_token_by_token(name, "float32")
+    ids_T, widths = ids_T[:40], (9, 1, 16, 2, 5, 7)
+    assert same_bits(qwen_in_passes(qwen(name), ids_T, widths)[0], logits_TV[:40])
+    WRONG_PASSES[wrong](monkeypatch)
+    assert not same_bits(qwen_in_passes(qwen(name), ids_T, widths)[0], logits_TV[:40])
