@@ -35,7 +35,8 @@ class Target:
     backend: str
     fingerprint: str
     generation_config: dict
-    has_mtp: bool = False  # whether the checkpoint holds an MTP layer beside the model
+    path: Path  # what was opened: the folder, or one file in it
+    has_mtp: bool  # whether an MTP layer is in it
 
     def new_cache(self, capacity=None):
         """An empty cache for at most `capacity` tokens (None: the model's context, memory grown as needed)."""
@@ -126,6 +127,7 @@ def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact
         backend=backend,
         fingerprint=_fingerprint(checkpoint, dtype, embed_scale),
         generation_config=_generation_config(checkpoint.folder),
+        path=resolve(path),
         has_mtp=any(map(qwen35_mtp.owns, checkpoint.tensors)),
     )
 
@@ -161,9 +163,9 @@ def load_drafter(path, target, keep="auto", **options):
 
 
 def find_drafter(target):
-    """The folder of the target's drafter: its own where it has an MTP layer, or its assistant's beside it, or None."""
+    """The target's own checkpoint where it has an MTP layer, else the folder of the assistant beside it, or None."""
     if target.has_mtp:
-        return target.folder
+        return target.path
     folder = target.folder.resolve()
     beside = folder.parent / f"{folder.name}-assistant"
     return beside if beside.is_dir() else None
