@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from . import __version__, memory, qwen35_mtp
@@ -331,12 +332,15 @@ def show_command(arguments):
         raise ValueError(f"--context must be at least 1, got {arguments.context}")
     if arguments.config:
         family, config = published_config(arguments.config)
-        name, stored, has_mtp = arguments.config, {}, getattr(config, "mtp_layers", 0)
+        name, stored = arguments.config, {}
     else:
         checkpoint, family, config = open_model(arguments.model)
-        name, stored, has_mtp = str(checkpoint.folder), {}, any(map(qwen35_mtp.owns, checkpoint.tensors))
+        name, stored = str(checkpoint.folder), {}
+        if hasattr(config, "mtp_layers"):  # tensors say what is there
+            config = replace(config, mtp_layers=int(any(map(qwen35_mtp.owns, checkpoint.tensors))))
         for tensor in checkpoint.tensors.values():
             stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.data.size
+    has_mtp = getattr(config, "mtp_layers", 0)
     mtp_table = qwen35_mtp.tensors(qwen35_mtp.layer_config(config)) if has_mtp else None
     report = {
         "model": name,

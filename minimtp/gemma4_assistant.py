@@ -16,6 +16,7 @@ from .layers import no_tap, rms_norm
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 FORMATS = gemma4.FORMATS
+TARGET = gemma4
 
 # What the logits of tokens outside the chosen clusters become, by the engine that does it; "none" skips the clusters.
 UNCHOSEN = {

@@ -157,6 +157,8 @@ def load_drafter(path, target, keep="auto", **options):
     checkpoint, family, config = open_model(folder, "drafter")
     if not any(map(family.owns, checkpoint.tensors)):
         raise CheckpointError(f"{checkpoint.folder} has no mtp.* tensors, so no drafter")
+    if family.TARGET is not target.family:
+        raise CheckpointError("drafter does not fit its target: it is another family's")
     family.check_fits(config, target.config)
     params = read_parameters(checkpoint, family, config, target.dtype, keep)
     return DRAFTERS[family](params, config, target, **options)

@@ -180,6 +180,10 @@ def _parse_rope(text, head_dim):
     rope = config_value(text, "rope_parameters", dict)
     if unknown := set(rope) - ROPE_FIELDS:
         raise CheckpointError(f"config: rope field {show(min(unknown))} is not supported")
+    section = config_value(rope, "mrope_section", list, [0, 0, 0])
+    if len(section) != 3 or any(type(angles) is not int or angles < 0 for angles in section):
+        raise CheckpointError(f"config: mrope_section is {show(section)}, expected three numbers of angles")
+    config_value(rope, "mrope_interleaved", bool, True)
     if rope.get("rope_type") not in ("default", None):
         raise CheckpointError(f"config: rope_type {show(rope['rope_type'])} is not supported (default is)")
     fraction = config_value(

@@ -14,6 +14,7 @@ from .checkpoint import CheckpointError
 from .layers import no_tap, rms_norm
 
 MODEL_TYPES = qwen35.MODEL_TYPES
+TARGET = qwen35
 HIDDEN = ("post-norm", "pre-norm")
 
 

@@ -75,7 +75,8 @@ class ChatTemplate:
         """
         import jinja2
 
-        names = {"messages": messages, "add_generation_prompt": True, **self.tokens, **options}
+        defaults = {"add_generation_prompt": True, "tools": None, "documents": None}
+        names = {"messages": messages, **defaults, **self.tokens, **options}
         text = ""
         try:
             for piece in self.template.generate(**names):
@@ -136,17 +137,29 @@ def _content(token):
 
 def _environment():
     """Jinja as transformers sets it up for chat templates."""
+    from jinja2 import nodes
     from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Environment(ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj, attribute):  # Jinja would write nothing in its place, and go on
             raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe.")
 
+    class Generation(Extension):  # {% generation %} marks what a model said, for training: here it is just text
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+
     def refuse(message):
         raise TemplateError(message)
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment
