@@ -17,6 +17,7 @@ from .layers import delta_writes
 
 SLACK = 16  # free slots beyond what a window must hold, so that not every append moves entries
 SNAPSHOT = 64  # tokens that may lie between two states which a DeltaState keeps for un-reading
+BEHIND = 1024  # committed tokens that a drafter may not have read yet
 
 
 class CacheError(ValueError):
@@ -239,81 +240,92 @@ class DrafterKV:
 
     Entry p is made from the target's hidden state at p and the token after it. That token may be one which the target
     has not read yet, and which a caller may still replace: so each entry knows its token, and the hidden states behind
-    entries that are missing, or may have to be made again, are kept, back to the commit before the last.
+    the newest entry and those that are missing are kept, as far as they are uncommitted or among the last BEHIND.
     """
 
     def __init__(self, kv_heads, head_dim, hidden_size, dtype=np.float32, xp=np):
         self.kv, self.made_with, self.committed = FullKV(kv_heads, head_dim, dtype, xp=xp), [], 0
-        self._noted = 0, xp.empty((0, hidden_size), dtype)  # the position of the first hidden state kept, and them all
+        self._noted = 0, 0, (xp.empty((0, hidden_size), dtype),)  # the hidden states kept: start, stop, pieces [T, D]
 
     @property
     def length(self):
         """Number of tokens the target has read."""
-        first, hidden_TD = self._noted
-        return first + len(hidden_TD)
+        return self._noted[1]
 
     @property
     def nbytes(self):
         """Bytes of the buffers."""
-        return self.kv.nbytes + self._noted[1].nbytes
+        return self.kv.nbytes + sum(piece_TD.nbytes for piece_TD in self._noted[2])
 
     def note(self, hidden_TD):
         """Take in the target's hidden states of the next T tokens, before its final norm."""
-        first, before_TD = self._noted
-        self._noted = first, np.concatenate([before_TD, hidden_TD])
+        start, stop, pieces = self._noted
+        self._noted = start, stop + len(hidden_TD), (*pieces, hidden_TD)
 
     def hidden(self, start, stop):
         """The hidden states noted at start .. stop - 1 -> [stop - start, D]. Raises CacheError where they are gone."""
-        first, hidden_TD = self._noted
+        first, _, pieces = self._noted
         if start < first:
             raise CacheError(
-                f"the drafter has read {len(self.made_with)} tokens, and the hidden states behind the next are gone: "
-                "it must read along, by propose with num_draft 0, before every second commit"
+                f"the drafter has read {len(self.made_with)} tokens of {self.length}, and the hidden states behind the "
+                f"next are gone: it must read along (propose with num_draft 0) before {BEHIND} more are committed"
             )
-        return hidden_TD[start - first : stop - first]
+        return np.concatenate(pieces)[start - first : stop - first]
 
     def append(self, tokens):
         """Note which tokens the newest entries of `kv` were made with."""
         self.made_with.extend(tokens)
 
-    def entries(self, next_token):
+    @property
+    def entries(self):
+        """How many entries there are."""
+        return min(self.kv.length, len(self.made_with))
+
+    def holding(self, next_token):
         """How many entries hold; next_token(n): the token after the first n that the target has read or will read."""
-        count = min(self.kv.length, len(self.made_with))
+        count = self.entries
         return count - bool(count and self.made_with[count - 1] != next_token(count))
 
     def cut(self, entries):
         """Drop all entries but the first so many."""
-        self.kv.length = min(self.kv.length, entries)
-        del self.made_with[entries:]
+        self.kv.length = min(self.entries, entries)
+        del self.made_with[self.kv.length :]
 
     def rollback(self, n):
         """Un-read the last n tokens. Raises CacheError past the last commit."""
         check_rollback(n, self.length - self.committed)
         self.cut(self.length - n)
-        first, hidden_TD = self._noted
-        self._noted = first, hidden_TD[: len(hidden_TD) - n]
+        self._keep(self._noted[0], self.length - n)
 
     def commit(self):
         """Make everything read so far final."""
-        if self.length > self.committed:
-            first, hidden_TD = self._noted
-            start = max(first, self.committed - 1)
-            self._noted = start, hidden_TD[start - first :].copy()
-            self.committed = self.length
+        self._keep(max(self._noted[0], self.entries - 1, self.length - BEHIND), self.length)
+        self.committed = self.length
+
+    def _keep(self, start, stop):
+        """Drop the hidden states outside; what was noted as one piece is dropped as one at the start."""
+        first, at, pieces = self._noted
+        while len(pieces) > 1 and at - len(pieces[-1]) >= stop:
+            at, pieces = at - len(pieces[-1]), pieces[:-1]
+        pieces = *pieces[:-1], pieces[-1][: len(pieces[-1]) - (at - stop)]
+        while len(pieces) > 1 and first + len(pieces[0]) <= start:
+            first, pieces = first + len(pieces[0]), pieces[1:]
+        self._noted = first, stop, pieces
 
     def state(self):
         """What `restore` needs, as named host arrays."""
-        made_with, hidden_TD = np.array(self.made_with, np.int64), to_host(self._noted[1])
+        made_with, hidden_TD = np.array(self.made_with, np.int64), to_host(np.concatenate(self._noted[2]))
         return {**self.kv.state(), "made_with": made_with, "hidden": hidden_TD}
 
     def restore(self, state, length):
         """Take over a saved state after `length` tokens. Raises CacheError where its shapes are not this memory's."""
-        made_with, hidden_TD, wanted_TD = integers(state["made_with"]).tolist(), state["hidden"], self._noted[1]
+        made_with, hidden_TD, wanted_TD = integers(state["made_with"]).tolist(), state["hidden"], self._noted[2][0]
         check_saved(hidden_TD, (min(len(hidden_TD), length), wanted_TD.shape[1]), wanted_TD.dtype)
         if len(made_with) > length:
             raise CacheError(f"a saved drafter has {len(made_with)} entries for {length} tokens")
         self.kv.restore({name: state[name] for name in ("k", "v")}, len(made_with))
-        self.made_with, self._noted, self.committed = made_with, (length - len(hidden_TD), hidden_TD.copy()), length
+        self._noted = length - len(hidden_TD), length, (hidden_TD.copy(),)
+        self.made_with, self.committed = made_with, length
 
 
 def check_saved(array, shape, dtype):

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import gemma4, gemma4_assistant, qwen35, qwen35_mtp
 from .backend import to_host
+from .cache import CacheError
 from .layers import token_ids
 from .sampling import draw
 
@@ -84,8 +85,7 @@ class GemmaAssistant:
         return gemma4_assistant.step(self.params, self.config, embedded_D, hidden_D, lent, cache.length, *options)
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
-        check_news(new_tokens_N, hidden_ND, cache, num_draft)
-        _check_numbers(new_tokens_N, hidden_ND, num_draft, sampling, u_K, self.target.config)
+        _check_inputs(self.target, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K)
         token, hidden_D, tokens, laws = new_tokens_N[-1], hidden_ND[-1], [], []
         for j in range(num_draft):
             logits_V, hidden_D = self.forward(token, hidden_D, cache)
@@ -113,8 +113,7 @@ class MtpLayer:
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
         """As Drafter.propose; it also reads what was not read along, while the hidden states are still in the cache."""
-        check_news(new_tokens_N, hidden_ND, cache, num_draft)
-        _check_numbers(new_tokens_N, hidden_ND, num_draft, sampling, u_K, self.target.config)
+        _check_inputs(self.target, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K)
         memory, tokens, laws = cache.drafter, [], []
         try:
             out_ND = self._read_along(new_tokens_N, hidden_ND, cache)
@@ -136,7 +135,7 @@ class MtpLayer:
         def token(position):
             return new_tokens_N[-1] if position == length else cache.tokens[position]
 
-        start, given = min(memory.entries(token), length - 1), length - len(new_tokens_N)
+        start, given = min(memory.holding(token), length - 1), length - len(new_tokens_N)
         if self.hidden == "pre-norm":
             hidden_ND = memory.hidden(start, length)
         elif start < given:
@@ -162,10 +161,13 @@ def _check_option(name, value, known):
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
 
 
-def _check_numbers(new_tokens_N, hidden_ND, num_draft, sampling, u_K, config):
-    """Raise ValueError for what a model that drafts cannot take: other tokens, shapes, or too few uniforms."""
-    token_ids(new_tokens_N, config.vocab_size)
-    wanted = (len(new_tokens_N), config.hidden_size)
+def _check_inputs(target, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
+    """Raise ValueError for what a target's drafter cannot take: another's cache, tokens, shapes, too few uniforms."""
+    if cache.fingerprint != target.fingerprint:
+        raise CacheError("this cache belongs to another model, or to other weights or another dtype")
+    check_news(new_tokens_N, hidden_ND, cache, num_draft)
+    token_ids(new_tokens_N, target.config.vocab_size, target.config.placeholders)
+    wanted = (len(new_tokens_N), target.config.hidden_size)
     if np.shape(hidden_ND) != wanted:
         raise ValueError(f"hidden_ND has shape {np.shape(hidden_ND)}, wanted {wanted}")
     if sampling.temperature and len(u_K) < num_draft:
