@@ -8,6 +8,7 @@ un-reading needed. A `Cache` is the memories of all layers, the drafter's own en
 import operator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -235,56 +236,77 @@ class DeltaState:
         self._readings = [self._final(length, state["window"].copy(), state["state"].copy())]
 
 
+class _Noted(NamedTuple):
+    """Hidden states of the positions start .. stop - 1, in the pieces [T, D] they came in."""
+
+    start: int
+    stop: int
+    pieces: tuple
+
+    def within(self, start, stop):
+        """Those of start .. stop - 1; what came as one piece is dropped as one at the start, so perhaps some more."""
+        first, at, pieces = self
+        while len(pieces) > 1 and at - len(pieces[-1]) >= stop:
+            at, pieces = at - len(pieces[-1]), pieces[:-1]
+        if at > stop:
+            pieces = *pieces[:-1], pieces[-1][: len(pieces[-1]) - (at - stop)].copy()
+        while len(pieces) > 1 and first + len(pieces[0]) <= start:
+            first, pieces = first + len(pieces[0]), pieces[1:]
+        return _Noted(first, stop, pieces)
+
+
 class DrafterKV:
     """The entries of a drafter that attends over keys and values of its own, one for each token that the target read.
 
     Entry p is made from the target's hidden state at p and the token after it. That token may be one which the target
     has not read yet, and which a caller may still replace: so each entry knows its token, and the hidden states behind
     the newest entry and those that are missing are kept, as far as they are uncommitted or among the last BEHIND.
+    `maker` names the drafter whose entries they are: another cannot go on from them.
     """
 
     def __init__(self, kv_heads, head_dim, hidden_size, dtype=np.float32, xp=np):
-        self.kv, self.made_with, self.committed = FullKV(kv_heads, head_dim, dtype, xp=xp), [], 0
-        self._noted = 0, 0, (xp.empty((0, hidden_size), dtype),)  # the hidden states kept: start, stop, pieces [T, D]
+        self.kv, self.made_with, self.maker = FullKV(kv_heads, head_dim, dtype, xp=xp), [], ""
+        self._noted, self.committed = _Noted(0, 0, (xp.empty((0, hidden_size), dtype),)), 0
 
     @property
     def length(self):
         """Number of tokens the target has read."""
-        return self._noted[1]
+        return self._noted.stop
+
+    @property
+    def entries(self):
+        """Number of entries: of tokens the drafter has read."""
+        return min(self.kv.length, len(self.made_with))
 
     @property
     def nbytes(self):
         """Bytes of the buffers."""
-        return self.kv.nbytes + sum(piece_TD.nbytes for piece_TD in self._noted[2])
+        return self.kv.nbytes + sum(piece_TD.nbytes for piece_TD in self._noted.pieces)
 
     def note(self, hidden_TD):
         """Take in the target's hidden states of the next T tokens, before its final norm."""
         start, stop, pieces = self._noted
-        self._noted = start, stop + len(hidden_TD), (*pieces, hidden_TD)
+        self._noted = _Noted(start, stop + len(hidden_TD), (*pieces, hidden_TD))
 
     def hidden(self, start, stop):
         """The hidden states noted at start .. stop - 1 -> [stop - start, D]. Raises CacheError where they are gone."""
-        first, _, pieces = self._noted
-        if start < first:
+        if start < self._noted.start:
             raise CacheError(
-                f"the drafter has read {len(self.made_with)} tokens of {self.length}, and the hidden states behind the "
-                f"next are gone: it must read along (propose with num_draft 0) before {BEHIND} more are committed"
+                f"the drafter has read {self.entries} tokens of {self.length}, and the hidden states behind the next "
+                f"are gone: it must read along (propose with num_draft 0) before {BEHIND} more are committed"
             )
-        return np.concatenate(pieces)[start - first : stop - first]
+        noted = self._noted.within(start, stop)
+        return np.concatenate(noted.pieces)[start - noted.start :]
 
-    def append(self, tokens):
-        """Note which tokens the newest entries of `kv` were made with."""
-        self.made_with.extend(tokens)
-
-    @property
-    def entries(self):
-        """How many entries there are."""
-        return min(self.kv.length, len(self.made_with))
-
-    def holding(self, next_token):
-        """How many entries hold; next_token(n): the token after the first n that the target has read or will read."""
-        count = self.entries
+    def holding(self, next_token, maker):
+        """How many entries hold for this maker; next_token(n): the token after the first n that the target read."""
+        count = self.entries if maker == self.maker else 0
         return count - bool(count and self.made_with[count - 1] != next_token(count))
+
+    def append(self, tokens, maker):
+        """Note which tokens the newest entries of `kv` were made with, and by whom."""
+        self.made_with.extend(tokens)
+        self.maker = maker
 
     def cut(self, entries):
         """Drop all entries but the first so many."""
@@ -295,37 +317,30 @@ class DrafterKV:
         """Un-read the last n tokens. Raises CacheError past the last commit."""
         check_rollback(n, self.length - self.committed)
         self.cut(self.length - n)
-        self._keep(self._noted[0], self.length - n)
+        self._noted = self._noted.within(self._noted.start, self.length - n)
 
     def commit(self):
         """Make everything read so far final."""
-        self._keep(max(self._noted[0], self.entries - 1, self.length - BEHIND), self.length)
+        self._noted = self._noted.within(max(self.entries - 1, self.length - BEHIND), self.length)
         self.committed = self.length
-
-    def _keep(self, start, stop):
-        """Drop the hidden states outside; what was noted as one piece is dropped as one at the start."""
-        first, at, pieces = self._noted
-        while len(pieces) > 1 and at - len(pieces[-1]) >= stop:
-            at, pieces = at - len(pieces[-1]), pieces[:-1]
-        pieces = *pieces[:-1], pieces[-1][: len(pieces[-1]) - (at - stop)]
-        while len(pieces) > 1 and first + len(pieces[0]) <= start:
-            first, pieces = first + len(pieces[0]), pieces[1:]
-        self._noted = first, stop, pieces
 
     def state(self):
         """What `restore` needs, as named host arrays."""
-        made_with, hidden_TD = np.array(self.made_with, np.int64), to_host(np.concatenate(self._noted[2]))
-        return {**self.kv.state(), "made_with": made_with, "hidden": hidden_TD}
+        made_with, maker = np.array(self.made_with, np.int64), np.frombuffer(self.maker.encode(), np.uint8)
+        hidden_TD = to_host(np.concatenate(self._noted.pieces))
+        return {**self.kv.state(), "made_with": made_with, "maker": maker, "hidden": hidden_TD}
 
     def restore(self, state, length):
         """Take over a saved state after `length` tokens. Raises CacheError where its shapes are not this memory's."""
-        made_with, hidden_TD, wanted_TD = integers(state["made_with"]).tolist(), state["hidden"], self._noted[2][0]
-        check_saved(hidden_TD, (min(len(hidden_TD), length), wanted_TD.shape[1]), wanted_TD.dtype)
+        made_with, hidden_TD, maker = integers(state["made_with"]).tolist(), state["hidden"], state["maker"]
+        rows, (_, width) = len(np.atleast_1d(hidden_TD)), self._noted.pieces[0].shape
+        check_saved(hidden_TD, (min(rows, length), width), self._noted.pieces[0].dtype)
+        check_saved(maker, (maker.size,), np.dtype(np.uint8))
         if len(made_with) > length:
             raise CacheError(f"a saved drafter has {len(made_with)} entries for {length} tokens")
         self.kv.restore({name: state[name] for name in ("k", "v")}, len(made_with))
-        self._noted = length - len(hidden_TD), length, (hidden_TD.copy(),)
-        self.made_with, self.committed = made_with, length
+        self._noted = _Noted(length - rows, length, (hidden_TD.copy(),))
+        self.made_with, self.maker, self.committed = made_with, maker.tobytes().decode(errors="replace"), length
 
 
 def check_saved(array, shape, dtype):
@@ -427,7 +442,8 @@ class Cache:
                 memory.restore({key: arrays.pop(f"{name}.{key}") for key in memory.state()}, int(length))
         except KeyError as missing:
             raise CacheError(f"{path} has no tensor {missing}") from None
-        if arrays or len(tokens) > self.capacity or any(layer.length != len(tokens) for layer in self.layers):
+        lengths = {memory.length for memory in self._memories().values()}
+        if arrays or len(tokens) > self.capacity or not lengths <= {len(tokens)}:
             raise CacheError(f"{path} does not hold one sequence of at most {self.capacity} tokens")
         self.tokens, self.committed = tokens, len(tokens)
 

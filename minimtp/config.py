@@ -1,4 +1,4 @@
-"""Fields of a published config.json. What a configuration asks for and no forward knows is refused, never ignored."""
+"""Fields of a published config.json, believed after a check; where one asks for what no forward knows, it is refused."""
 
 from .checkpoint import CheckpointError, show
 

@@ -6,6 +6,7 @@ A drafter holds no state of a sequence: what it needs to know of one is in the t
 import operator
 from dataclasses import dataclass
 from typing import Protocol
+from zlib import crc32
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Drafter(Protocol):
 
 def check_news(new_tokens_N, hidden_ND, cache, num_draft):
     """Raise ValueError unless the new tokens continue the sequence in the cache, each with its hidden state."""
-    if num_draft < 0:
+    if operator.index(num_draft) < 0:
         raise ValueError(f"num_draft is {num_draft}, wanted 0 or more")
     count = len(new_tokens_N)
     if not count or len(hidden_ND) != count:
@@ -109,12 +110,19 @@ class MtpLayer:
     hidden: str = "post-norm"
 
     def __post_init__(self):
-        _check_option("hidden", self.hidden, qwen35_mtp.HIDDEN)
+        _check_option("hidden", self.hidden, ("post-norm", "pre-norm"))
+
+    @property
+    def maker(self):
+        """Says in a cache whose entries are there: the option, and a checksum of the layer's norms."""
+        norms = self.params.pre_fc_norm_embedding, self.params.pre_fc_norm_hidden, self.params.norm
+        return f"{self.hidden} {crc32(np.concatenate(norms).tobytes()):08x}"
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
         """As Drafter.propose; it also reads what was not read along, while the hidden states are still in the cache."""
         _check_inputs(self.target, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K)
         memory, tokens, laws = cache.drafter, [], []
+        hidden_ND = np.asarray(hidden_ND, self.target.dtype)
         try:
             out_ND = self._read_along(new_tokens_N, hidden_ND, cache)
             for j in range(num_draft):
@@ -135,7 +143,7 @@ class MtpLayer:
         def token(position):
             return new_tokens_N[-1] if position == length else cache.tokens[position]
 
-        start, given = min(memory.holding(token), length - 1), length - len(new_tokens_N)
+        start, given = min(memory.holding(token, self.maker), length - 1), length - len(new_tokens_N)
         if self.hidden == "pre-norm":
             hidden_ND = memory.hidden(start, length)
         elif start < given:
@@ -147,7 +155,7 @@ class MtpLayer:
     def _read(self, tokens_N, hidden_ND, memory):
         embedded_ND = self.target.embed(tokens_N)
         out_ND = qwen35_mtp.read(self.params, self.config, embedded_ND, hidden_ND, memory.kv)
-        memory.append(tokens_N)
+        memory.append(tokens_N, self.maker)
         return out_ND
 
 

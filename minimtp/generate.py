@@ -61,7 +61,8 @@ def generate(
     point masses. stop: ids that end the text, emitted last. parameters: the rule's own. One seed replays a run exactly.
     cache: continue it with prompt_ids; after every step it has read all tokens but the last one emitted. So it has
     where a round fails or is interrupted, unless after its commit: then it is one round further than the steps told.
-    Generation ends early where the cache is full. commit: whether rounds commit; without, the caller can un-read them.
+    Generation ends early where the cache is full. commit: whether rounds commit; without, the caller can un-read them,
+    and the last 512 tokens of the prompt.
 
     Raises ValueError, before anything is read, for arguments that make no sense or a prompt that does not fit.
     """
@@ -98,7 +99,7 @@ def generate(
     def rounds():
         draft, draft_u, clock = NO_DRAFT, (), time.perf_counter()
         with _all_or_nothing(cache):
-            unread, out = _read_prompt(target, prompt_ids, drafter, draft_sampling, cache, commit)
+            unread, out = _read_prompt(target, prompt_ids, drafter, draft_sampling, cache)
             verdict, u_J, tokens, news, behind_ND = settle(unread, out, draft)
         while True:
             accepted, seconds = min(verdict.accepted, len(tokens)), time.perf_counter() - clock
@@ -141,8 +142,8 @@ def _all_or_nothing(cache):
         raise
 
 
-def _read_prompt(target, prompt_ids, drafter, draft_sampling, cache, commit):
-    """Read the prompt, the drafter along with it, and commit (where asked to) all but the last chunk.
+def _read_prompt(target, prompt_ids, drafter, draft_sampling, cache):
+    """Read the prompt, the drafter along with it, and commit all but the last chunk.
 
     -> (what the drafter has yet to read, the last chunk's output)
     """
@@ -152,8 +153,7 @@ def _read_prompt(target, prompt_ids, drafter, draft_sampling, cache, commit):
         if stop < len(prompt_ids):
             if drafter is not None:
                 drafter.propose(news, out.hidden_TD, cache, 0, draft_sampling, ())
-            if commit:
-                cache.commit()
+            cache.commit()
     return news, out
 
 

@@ -100,7 +100,7 @@ def kv_bytes(config, context, itemsize):
         if getattr(layer, "owns_kv", True):
             total[layer.kind] = total.get(layer.kind, 0) + _layer_bytes(layer, config, context, itemsize)
     if getattr(config, "mtp_layers", 0):
-        total["mtp"] = config.mtp_layers * _layer_bytes(config.attention, config, context, itemsize)
+        total["mtp"] = _layer_bytes(config.attention, config, context, itemsize)
     return total
 
 
@@ -131,7 +131,8 @@ def report_text(report):
     lines += ["", "layers"]
     for plan in report["layers"]:
         lines.append(f"  {len(plan['at']):3} {plan['kind']:8} {_layer_text(plan)}; at {_ranges(plan['at'])}")
-    lines += _table("parameters", report["parameters"])
+    counts = {"and mtp, besides" if name == "mtp" else name: count for name, count in report["parameters"].items()}
+    lines += _table("parameters", counts)
     lines += _table("bytes in a published format", report["bytes"])
     if "stored_bytes" in report:
         lines += _table("bytes stored here, by type", report["stored_bytes"])

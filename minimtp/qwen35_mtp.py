@@ -15,7 +15,6 @@ from .layers import no_tap, rms_norm
 
 MODEL_TYPES = qwen35.MODEL_TYPES
 TARGET = qwen35
-HIDDEN = ("post-norm", "pre-norm")
 
 
 def parse_config(raw):

@@ -60,17 +60,17 @@ class Greedy(SlidingKV):
 
 
 class Machine(RuleBasedStateMachine):
-    """Caches of a full, two sliding and a drafter's memory; the model is the list of ids, and the committed count."""
+    """Caches of a full and two sliding memories; the model is the list of ids, and the committed count."""
 
     sliding = SlidingKV
 
     def new(self):
         layers = [FullKV(HEADS, WIDTH), self.sliding(HEADS, WIDTH, 1), self.sliding(HEADS, WIDTH, 9)]
-        return Cache(layers, CAPACITY, "this model", FullKV(HEADS, WIDTH))
+        return Cache(layers, CAPACITY, "this model")
 
     def __init__(self):
         super().__init__()
-        self.cache, self.ids, self.committed, self.drafted, self.next, self.most = self.new(), [], 0, [], 0, 0
+        self.cache, self.ids, self.committed, self.next, self.most = self.new(), [], 0, 0, 0
 
     def fresh(self, count):
         self.next += count
@@ -93,18 +93,11 @@ class Machine(RuleBasedStateMachine):
             raise KeyboardInterrupt
         self.most = max(self.most, len(self.ids) + count - self.committed)
 
-    @rule()
-    def drafter_reads_along(self):
-        new = self.ids[len(self.drafted) :]
-        append(self.cache.drafter, new)
-        self.drafted += new
-
     @rule(data=st.data())
     def roll_back(self, data):
         n = data.draw(st.integers(0, len(self.ids) - self.committed))
         self.cache.rollback(n)
         self.ids = self.ids[: len(self.ids) - n]
-        self.drafted = self.drafted[: len(self.ids)]
 
     @rule(beyond=st.integers(1, 300), negative=st.booleans())
     def roll_back_too_far(self, beyond, negative):
@@ -134,11 +127,10 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def holds_what_was_read(self):
         assert (self.cache.tokens, self.cache.length, self.cache.committed) == (self.ids, len(self.ids), self.committed)
-        for memory, ids in [*((layer, self.ids) for layer in self.cache.layers), (self.cache.drafter, self.drafted)]:
-            assert memory.length == len(ids)
-            assert all(
-                same_bits(held.swapaxes(0, 1), e) for held, e in zip(memory.read(), entries(ids[memory.start :]))
-            )
+        for layer in self.cache.layers:
+            assert layer.length == len(self.ids)
+            expected = entries(self.ids[layer.start :])
+            assert all(same_bits(held.swapaxes(0, 1), e) for held, e in zip(layer.read(), expected))
 
     @invariant()
     def holds_all_that_can_be_needed_and_little_more(self):
