@@ -49,6 +49,8 @@ class Target:
         """The cache that `cache.save(path)` wrote. Raises CacheError or CheckpointError if it is not this model's."""
         cache = self.new_cache(capacity)
         cache.restore(path)
+        if max(cache.tokens, default=0) >= self.config.vocab_size:
+            raise CacheError(f"{path} holds token {max(cache.tokens)} of a vocabulary of {self.config.vocab_size}")
         return cache
 
     def forward(self, ids_T, cache, taps=(), last=None):
