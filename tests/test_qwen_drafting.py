@@ -174,12 +174,13 @@ class TrustsTheLast(DrafterKV):
         return self.entries
 
 
-class ForgetsOneTooMany(DrafterKV):
-    """Keeps too few hidden states."""
+class ForgetsTooMany(DrafterKV):
+    """Keeps no hidden state that is committed."""
 
     def commit(self):
         super().commit()
-        self._noted = self._noted.within(self.entries, self.length)
+        _, stop, pieces = self._noted
+        self._noted = type(self._noted)(stop, stop, (pieces[0][:0],))
 
 
 class TurnsHidden(DrafterKV):
@@ -189,7 +190,7 @@ class TurnsHidden(DrafterKV):
         return super().hidden(start, stop)[::-1]
 
 
-@pytest.mark.parametrize("wrong", [KeepsEntries, KeepsDrafts, TrustsTheLast, ForgetsOneTooMany, TurnsHidden])
+@pytest.mark.parametrize("wrong", [KeepsEntries, KeepsDrafts, TrustsTheLast, ForgetsTooMany, TurnsHidden])
 def test_a_wrong_drafters_memory_is_caught_by_the_same_machine(wrong):
     with pytest.raises((AssertionError, CacheError)):
         run(drafting(drafter_class=wrong), examples=40, phases=[Phase.generate])

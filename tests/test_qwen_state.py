@@ -444,10 +444,18 @@ class NeverFrees(DeltaState):
 
 
 @pytest.mark.parametrize("wrong", [KeepsState, KeepsWindow, LeavesOneOut, OnePassOff, ShiftsWindow, NeverForgets,
-                                   KeepsNone, NeverFrees])  # fmt: skip
+                                   NeverFrees])  # fmt: skip
 def test_wrong_states_are_caught_by_the_lists(wrong):
     with pytest.raises(AssertionError):
         run(list_variant(kind=wrong, **NARROW), examples=30, phases=[Phase.generate])
+
+
+def test_a_state_that_writes_everything_again_is_caught_by_the_count():
+    memory, written = new_state(), Written()
+    memory.__class__ = KeepsNone
+    for _ in range(300):
+        memory.append(*written.writes(1))
+    assert replayed(copy(memory), 1) > SNAPSHOT + ROWS
 
 
 def test_300_passes_that_were_never_committed_can_be_unread_to_every_depth():
