@@ -190,10 +190,18 @@ class TurnsHidden(DrafterKV):
         return super().hidden(start, stop)[::-1]
 
 
-@pytest.mark.parametrize("wrong", [KeepsEntries, KeepsDrafts, TrustsTheLast, ForgetsTooMany, TurnsHidden])
+@pytest.mark.parametrize("wrong", [KeepsEntries, KeepsDrafts, TrustsTheLast, TurnsHidden])
 def test_a_wrong_drafters_memory_is_caught_by_the_same_machine(wrong):
     with pytest.raises((AssertionError, CacheError)):
         run(drafting(drafter_class=wrong), examples=40, phases=[Phase.generate])
+
+
+def test_hidden_states_that_are_forgotten_are_caught_by_the_same_machine():
+    machine = drafting(drafter_class=ForgetsTooMany)()
+    machine.read_first(width=3)
+    machine.commit(along=0, seed=0)
+    with pytest.raises(CacheError, match="are gone"):
+        machine.keeps_the_hidden_states_that_a_drafter_may_need()
 
 
 # A text, however it is divided
