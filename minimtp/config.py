@@ -1,4 +1,4 @@
-"""Fields of a published config.json, believed after a check; where one asks for what no forward knows, it is refused."""
+"""Fields of a published config.json, believed after a check; what one asks for and no forward knows is refused."""
 
 from .checkpoint import CheckpointError, show
 
