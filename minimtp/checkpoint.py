@@ -65,6 +65,11 @@ class Checkpoint:
     config: dict = field(repr=False)
     tensors: dict[str, RawTensor] = field(repr=False)
 
+    def settings(self, name):
+        """What "tokenizer_config" or "generation_config" says -> dict, empty where the folder has no such file."""
+        path = self.folder / f"{name}.json"
+        return read_json(path) if path.is_file() else {}
+
 
 def open_checkpoint(path):
     """Open a folder with model.safetensors, or model.safetensors.index.json and its shards; or one .safetensors file.
@@ -96,7 +101,7 @@ def read_safetensors(path):
     Raises CheckpointError unless the header is sound and its tensors account for every byte of the file.
     """
     path = Path(path)
-    data = _map(path)
+    data = map_file(path)
     if len(data) < 8:
         raise CheckpointError(f"{path}: truncated: {len(data)} bytes, no room for the header's length")
     length = int.from_bytes(data[:8].tobytes(), "little")
@@ -175,7 +180,7 @@ def _is(path, kind):
         return False
 
 
-def _map(path):
+def map_file(path):
     """The file's bytes as a read-only uint8 array over a memory map."""
     if not _is(path, "file"):
         raise CheckpointError(f"{path}: no such file")
@@ -190,7 +195,7 @@ def _map(path):
 
 def read_json(path):
     """A file that holds a JSON object -> dict. CheckpointError if it does not, or holds a key twice."""
-    data = _map(path)
+    data = map_file(path)
     if len(data) > MAX_JSON:
         raise CheckpointError(f"{path}: {len(data)} bytes of JSON, more than {MAX_JSON}")
     return _parse_json(data.tobytes(), path)

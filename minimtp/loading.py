@@ -11,8 +11,9 @@ import numpy as np
 from . import gemma4, gemma4_assistant, qwen35, qwen35_mtp
 from .backend import array_module
 from .cache import CacheError
-from .checkpoint import CheckpointError, bf16_to_float, float_to_bf16, open_checkpoint, read_json, show
+from .checkpoint import Checkpoint, CheckpointError, bf16_to_float, float_to_bf16, open_checkpoint, show
 from .drafting import GemmaAssistant, MtpLayer, PromptLookup
+from .gguf_model import open_gguf
 from .parameters import read_parameters
 from .text import Tokenizer, load_chat_template, load_tokenizer
 
@@ -26,7 +27,7 @@ KEEPS = ("packed", "dense", "auto")
 class Target:
     """A loaded target model. Holds weights and configuration only; a sequence lives in its cache."""
 
-    folder: Path
+    checkpoint: Checkpoint
     family: ModuleType
     config: object
     params: SimpleNamespace
@@ -35,8 +36,13 @@ class Target:
     backend: str
     fingerprint: str
     generation_config: dict
-    path: Path  # what was opened: the folder, or one file in it
+    path: Path  # what was opened: a folder, or one file
     has_mtp: bool  # whether an MTP layer is in it
+
+    @property
+    def folder(self):
+        """The checkpoint's folder; of a GGUF checkpoint, its file."""
+        return self.checkpoint.folder
 
     def new_cache(self, capacity=None):
         """An empty cache for at most `capacity` tokens (None: the model's context, memory grown as needed)."""
@@ -65,7 +71,7 @@ class Target:
 
     def chat_template(self):
         """The checkpoint's ChatTemplate, or None."""
-        return load_chat_template(self.folder)
+        return load_chat_template(self.checkpoint)
 
     def embed(self, ids_T):
         """The tokens' embeddings as the first layer sees them -> [T, D]."""
@@ -79,11 +85,12 @@ class Target:
 
 
 def open_model(path, role=None):
-    """Open a checkpoint folder, or a bundled model by name -> (Checkpoint, family module, configuration); no weights.
+    """Open a checkpoint folder, a GGUF file, or a bundled model by name -> (Checkpoint, family module, configuration).
 
-    role: "target" or "drafter" to insist on one. Raises CheckpointError.
+    role: "target" or "drafter" to insist on one. No weight is read yet. Raises CheckpointError.
     """
-    checkpoint = open_checkpoint(resolve(path))
+    path = resolve(path)
+    checkpoint = open_gguf(path) if path.suffix == ".gguf" and not path.is_dir() else open_checkpoint(path)
     return checkpoint, *_parse(checkpoint.config, checkpoint.folder, role)
 
 
@@ -120,15 +127,15 @@ def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact
     if embed_scale == "bf16" and hasattr(config, "embed_scale"):
         config = replace(config, embed_scale=float(bf16_to_float(float_to_bf16(config.embed_scale))))
     return Target(
-        folder=checkpoint.folder,
+        checkpoint=checkpoint,
         family=family,
         config=config,
         params=read_parameters(checkpoint, family, config, np.dtype(dtype), keep),
-        tokenizer=load_tokenizer(checkpoint.folder, config.vocab_size),
+        tokenizer=load_tokenizer(checkpoint, config.vocab_size),
         dtype=np.dtype(dtype),
         backend=backend,
         fingerprint=_fingerprint(checkpoint, dtype, embed_scale),
-        generation_config=_generation_config(checkpoint.folder),
+        generation_config=_generation_config(checkpoint),
         path=resolve(path),
         has_mtp=any(map(qwen35_mtp.owns, checkpoint.tensors)),
     )
@@ -170,9 +177,11 @@ def find_drafter(target):
     """The target's own checkpoint where it has an MTP layer, else the folder of the assistant beside it, or None."""
     if target.has_mtp:
         return target.path
-    folder = target.folder.resolve()
-    beside = folder.parent / f"{folder.name}-assistant"
-    return beside if beside.is_dir() else None
+    path = target.folder.resolve()
+    names = [f"{path.name}-assistant"]
+    if path.suffix == ".gguf":
+        names = [f"{path.stem}-assistant.gguf", f"mtp-{path.name}"]
+    return next((beside for name in names if (beside := path.with_name(name)).exists()), None)
 
 
 def bundled(name):
@@ -199,13 +208,12 @@ def _fingerprint(checkpoint, *settings):
     return digest.hexdigest()
 
 
-def _generation_config(folder):
-    """The folder's generation_config.json, nulls left out, or {}. Raises CheckpointError where its ids are none."""
-    path = folder / "generation_config.json"
-    fields = {k: v for k, v in read_json(path).items() if v is not None} if path.is_file() else {}
+def _generation_config(checkpoint):
+    """What generation_config.json says, nulls left out. Raises CheckpointError where its ids are none."""
+    fields = {k: v for k, v in checkpoint.settings("generation_config").items() if v is not None}
     for name in ("eos_token_id", "suppress_tokens"):
         ids = fields.get(name, [])
         ids = [ids] if name == "eos_token_id" and type(ids) is int else ids
         if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
-            raise CheckpointError(f"{path}: {name} is {show(ids)}, expected token ids")
+            raise CheckpointError(f"{checkpoint.folder}: generation_config: {name} is {show(ids)}, expected token ids")
     return fields

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from .checkpoint import CheckpointError, show
-from .quant import Plain, check_finite, parse_quantization, read_weight
+from .formats import parse_quantization, read_weight
+from .quant import Plain
 
 PREFIXES = ("model.language_model.", "language_model.model.")  # spellings of "model."
 VECTORS = ("vector", "zero_centred")  # kinds of tensors that are always unpacked
@@ -23,10 +24,11 @@ def read_parameters(checkpoint, family, config, dtype, keep):
     params = SimpleNamespace(layers=[SimpleNamespace() for _ in config.layers])
     for place, (name, shape, kind) in table.items():
         name = prefix + name.removeprefix("model.") if name.startswith("model.") else name
+        less_one = kind == "zero_centred" and not getattr(tensors.get(name), "plus_one", False)
         for at, value in READERS[kind](tensors, place, name, shape, quantization):
             if not isinstance(value, np.ndarray):
                 value = _unpacked(value, dtype, kind in VECTORS or keep == "dense")
-            _plant(params, at, value + 1 if kind == "zero_centred" else value)
+            _plant(params, at, value + 1 if less_one else value)
     if tensors:
         more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
         raise CheckpointError(f"{checkpoint.folder}: unknown tensor {show(min(tensors))}{more}")
@@ -128,8 +130,7 @@ def _unpacked(weight, dtype, dense):
     """The weight (or list of them) checked, and as a dense array where asked for."""
     if isinstance(weight, list):
         return [_unpacked(one, dtype, dense) for one in weight]
-    if isinstance(weight, Plain):  # a quantized weight's scales were checked as they were read
-        check_finite(weight)
+    weight.check_finite()
     if not dense:
         return weight
     with np.errstate(over="ignore"):

@@ -3,11 +3,11 @@
 import json
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from .checkpoint import CheckpointError, read_json
+from .checkpoint import CheckpointError
+from .gguf_model import GgufCheckpoint
 
 MAX_TEXT = 10_000_000  # characters that a chat template may write
 MAX_PENDING = 8  # a character has at most four bytes; more that make none are shown as they are
@@ -19,7 +19,7 @@ class ChatTemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A checkpoint's tokenizer.json."""
+    """A checkpoint's tokenizer."""
 
     backend: Backend
 
@@ -92,30 +92,36 @@ class ChatTemplate:
         return text
 
 
-def load_tokenizer(folder, vocab_size):
-    """The folder's tokenizer, or None where it has none. Raises CheckpointError if it is broken or too large."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
+def load_tokenizer(checkpoint, vocab_size):
+    """The checkpoint's tokenizer, or None where it has none. Raises CheckpointError if it is broken or too large."""
+    path = checkpoint.folder / "tokenizer.json"
+    if isinstance(checkpoint, GgufCheckpoint):
+        path, backend = checkpoint.folder, checkpoint.tokenizer()
+    else:
+        backend = _read_tokenizer(path) if path.is_file() else None
+    if backend is None:
         return None
+    if backend.get_vocab_size() > vocab_size:
+        raise CheckpointError(f"{path}: {backend.get_vocab_size()} tokens, the model has {vocab_size}")
+    return Tokenizer(backend)
+
+
+def _read_tokenizer(path):
     try:
-        tokenizer = Tokenizer(Backend.from_file(str(path)))
+        return Backend.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from None
-    if tokenizer.backend.get_vocab_size() > vocab_size:
-        raise CheckpointError(f"{path}: {tokenizer.backend.get_vocab_size()} tokens, the model has {vocab_size}")
-    return tokenizer
 
 
-def load_chat_template(folder):
-    """The folder's chat template (chat_template.jinja, else tokenizer_config.json's), or None where it has none.
+def load_chat_template(checkpoint):
+    """The checkpoint's chat template (chat_template.jinja, else tokenizer_config's), or None where it has none.
 
     Raises CheckpointError where it does not compile.
     """
     import jinja2
 
-    config = Path(folder) / "tokenizer_config.json"
-    settings = read_json(config) if config.is_file() else {}
-    path = Path(folder) / "chat_template.jinja"
+    settings = checkpoint.settings("tokenizer_config")
+    path = checkpoint.folder / "chat_template.jinja"
     try:
         source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
         if isinstance(source, list):  # several by name; the conversation's is called "default"
@@ -126,7 +132,7 @@ def load_chat_template(folder):
             return None
         template = _environment().from_string(source)
     except (jinja2.TemplateError, TypeError, SyntaxError, RecursionError, UnicodeError) as error:
-        raise CheckpointError(f"{folder}: chat template: {error}") from None
+        raise CheckpointError(f"{checkpoint.folder}: chat template: {error}") from None
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     return ChatTemplate(template, {name: _content(settings[name]) for name in names if settings.get(name)})
 

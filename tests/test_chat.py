@@ -20,7 +20,7 @@ import minimtp
 from minimtp import chat, cli
 from minimtp.cache import Cache
 from minimtp.chat import Conversation
-from minimtp.checkpoint import CheckpointError
+from minimtp.checkpoint import Checkpoint, CheckpointError
 from minimtp.generate import generate
 from minimtp.layers import Output, token_ids
 from minimtp.loading import Target, bundled
@@ -90,7 +90,7 @@ def template_of(tmp_path):
     def load(source):
         (tmp_path / "chat_template.jinja").write_text(source)
         (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
-        return load_chat_template(tmp_path)
+        return load_chat_template(Checkpoint(tmp_path, {}, {}))
 
     return load
 
@@ -117,7 +117,9 @@ def test_the_published_form_of_turns(template_of, case):
 
 
 def test_the_bundled_template_writes_turns_of_that_form():
-    text = load_chat_template(FOLDER).render([BRIEF, HELLO, {"role": "assistant", "content": "Hi"}, HELLO])
+    text = load_chat_template(Checkpoint(FOLDER, {}, {})).render(
+        [BRIEF, HELLO, {"role": "assistant", "content": "Hi"}, HELLO]
+    )
     assert text == f"<bos>{SYSTEM}Be brief.<turn|>\n{USER}Hello<turn|>\n{MODEL}Hi<turn|>\n{USER}Hello<turn|>\n{MODEL}"
     ids = target().tokenizer.encode(text, special=False)
     assert [ids.count(token) for token in (BOS, TURN, END)] == [1, 5, 4]
@@ -126,14 +128,14 @@ def test_the_bundled_template_writes_turns_of_that_form():
 def test_where_templates_are_found(tmp_path):
     """chat_template.jinja before tokenizer_config.json, a list of them by the name "default", tokens as objects."""
     settings = tmp_path / "tokenizer_config.json"
-    assert load_chat_template(tmp_path) is None
+    assert load_chat_template(Checkpoint(tmp_path, {}, {})) is None
     settings.write_text(json.dumps({"chat_template": "{{ bos_token }}a", "bos_token": {"content": "<bos>"}}))
-    assert load_chat_template(tmp_path).render([]) == "<bos>a"
+    assert load_chat_template(Checkpoint(tmp_path, {}, {})).render([]) == "<bos>a"
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "b"}]
     settings.write_text(json.dumps({"chat_template": named}))
-    assert load_chat_template(tmp_path).render([]) == "b"
+    assert load_chat_template(Checkpoint(tmp_path, {}, {})).render([]) == "b"
     (tmp_path / "chat_template.jinja").write_text("c")
-    assert load_chat_template(tmp_path).render([]) == "c"
+    assert load_chat_template(Checkpoint(tmp_path, {}, {})).render([]) == "c"
 
 
 def test_what_templates_are_given_as_transformers_gives_it(template_of):
@@ -201,7 +203,7 @@ def test_a_broken_template_says_what_is_wrong(template_of, case):
 def test_a_template_that_is_no_text_is_named(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{ 1 }}")
     with pytest.raises(CheckpointError, match="chat.template.*utf-8"):
-        load_chat_template(tmp_path)
+        load_chat_template(Checkpoint(tmp_path, {}, {}))
 
 
 def test_messages_are_as_before_whatever_the_template_tried(template_of):
@@ -215,9 +217,10 @@ def test_messages_are_as_before_whatever_the_template_tried(template_of):
 ENDLESS = """
 import sys
 from pathlib import Path
+from minimtp.checkpoint import Checkpoint
 from minimtp.text import load_chat_template
 try:
-    load_chat_template(Path(sys.argv[1])).render([])
+    load_chat_template(Checkpoint(Path(sys.argv[1]), {}, {})).render([])
 except ValueError as error:
     print(error)
 """

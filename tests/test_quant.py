@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 
 from minimtp import quant
 from minimtp.checkpoint import CheckpointError, bf16_to_float, float_to_bf16, open_checkpoint, write_safetensors
-from minimtp.quant import (
-    FORMATS,
-    Plain,
-    QuantizationConfig,
-    Quantized,
-    check_finite,
-    pack,
-    pack_codes,
-    parse_quantization,
-    read_weight,
-)
+from minimtp.formats import FORMATS, QuantizationConfig, parse_quantization, read_weight
+from minimtp.quant import Plain, Quantized, pack, pack_codes
 
 rng = np.random.default_rng(3)
 INT4 = QuantizationConfig("pack-quantized", bits=4, group=32)
@@ -277,7 +268,7 @@ WRONG = {
 def test_tensors_that_do_not_fit_together_are_refused_by_name(tmp_path, case):
     arrays, message = WRONG[case]
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_weight(tensors_of(tmp_path, arrays), "w", INT4)
+        read_weight(tensors_of(tmp_path, arrays), "w", INT4)[0].check_finite()
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -311,18 +302,18 @@ def test_not_finite_weights_are_found_wherever_they_are(monkeypatch, dtype):
         for bad in (np.nan, -np.nan, np.inf, -np.inf):
             for at in (0, 6, 7, 29, 59):
                 values = np.full((6, 10), -largest, {"F64": "f8", "F16": "f2"}.get(dtype, "f4"))
-                check_finite(Plain(float_to_bf16(values) if dtype == "BF16" else values, dtype, "w.weight"))
+                Plain(float_to_bf16(values) if dtype == "BF16" else values, dtype, "w.weight").check_finite()
                 values.flat[at] = bad
                 with pytest.raises(CheckpointError, match="'w.weight': NaN or infinite"):
-                    check_finite(Plain(float_to_bf16(values) if dtype == "BF16" else values, dtype, "w.weight"))
+                    Plain(float_to_bf16(values) if dtype == "BF16" else values, dtype, "w.weight").check_finite()
 
 
 def test_not_finite_scales_of_a_quantized_weight_are_found():
     w = random_quantized()
-    check_finite(w)
+    w.check_finite()
     w.scales.stored[4, 1] = 0x7F80
     with pytest.raises(CheckpointError, match="'w.weight_scale': NaN or infinite"):
-        check_finite(w)
+        w.check_finite()
 
 
 # Configurations

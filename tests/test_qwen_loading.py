@@ -38,7 +38,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 import minimtp
 from minimtp.cache import CacheError
 from minimtp.chat import Conversation
-from minimtp.checkpoint import CheckpointError
+from minimtp.checkpoint import Checkpoint, CheckpointError
 from minimtp.quant import Quantized
 from minimtp.text import ChatTemplateError, load_chat_template, load_tokenizer
 
@@ -780,7 +780,7 @@ def write_tokenizer(folder):
 @cache
 def tokenizer():
     folder = Path(FOLDER.name) / "qwen-tokenizer"
-    return load_tokenizer(folder, write_tokenizer(folder) + 50)
+    return load_tokenizer(Checkpoint(folder, {}, {}), write_tokenizer(folder) + 50)
 
 
 def test_special_tokens_come_last_and_none_is_added():
@@ -832,8 +832,13 @@ def test_a_character_of_several_bytes_is_streamed_whole():
 
 def test_a_model_may_have_more_tokens_than_its_tokenizer_but_not_fewer(tmp_path):
     size = write_tokenizer(tmp_path)
-    assert load_tokenizer(tmp_path, size) and load_tokenizer(tmp_path, size + 1)
-    refused(f"tokenizer.json: {size} tokens, the model has {size - 1}", load_tokenizer, tmp_path, size - 1)
+    assert load_tokenizer(Checkpoint(tmp_path, {}, {}), size) and load_tokenizer(Checkpoint(tmp_path, {}, {}), size + 1)
+    refused(
+        f"tokenizer.json: {size} tokens, the model has {size - 1}",
+        load_tokenizer,
+        Checkpoint(tmp_path, {}, {}),
+        size - 1,
+    )
 
 
 # The chat template. Like the published one in what it writes of turns, thoughts and tools, and in what it asks of Jinja
@@ -1041,7 +1046,7 @@ def template_of(tmp_path):
     def load(source):
         (tmp_path / "chat_template.jinja").write_text(source)
         (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}')
-        return load_chat_template(tmp_path)
+        return load_chat_template(Checkpoint(tmp_path, {}, {}))
 
     return load
 

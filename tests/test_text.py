@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimtp.checkpoint import CheckpointError
+from minimtp.checkpoint import Checkpoint, CheckpointError
 from minimtp.loading import bundled
 from minimtp.text import load_tokenizer
 
 FOLDER = bundled("tiny-gemma4")
 VOCAB = json.loads((FOLDER / "config.json").read_text())["text_config"]["vocab_size"]
-TOKENIZER = load_tokenizer(FOLDER, VOCAB)
+TOKENIZER = load_tokenizer(Checkpoint(FOLDER, {}, {}), VOCAB)
 BYTES = [TOKENIZER.id(f"<0x{byte:02X}>") for byte in range(256)]
 TEXTS = ["a", "Hello there", " leading", "  two", "trailing ", "a  b   c", "a\nb\n\nc\n", "\n", "\t\tx", "\r\n", "café",
          "naïve Ångström", "日本語のテキスト", "🙂", "🙂👩‍👩‍👧x", "\u200b", "\x00", "e\u0301", "\U0010ffff", "<0x41>",
@@ -116,13 +116,13 @@ def test_text_that_is_no_unicode_is_refused(text):
 
 
 def test_no_tokenizer_is_none(tmp_path):
-    assert load_tokenizer(tmp_path, 10) is None
+    assert load_tokenizer(Checkpoint(tmp_path, {}, {}), 10) is None
 
 
 def test_a_tokenizer_may_be_smaller_than_the_model_but_not_larger():
-    assert load_tokenizer(FOLDER, VOCAB + 100)
+    assert load_tokenizer(Checkpoint(FOLDER, {}, {}), VOCAB + 100)
     with pytest.raises(CheckpointError, match="tokenizer.json: .* tokens, the model has 100"):
-        load_tokenizer(FOLDER, 100)
+        load_tokenizer(Checkpoint(FOLDER, {}, {}), 100)
 
 
 BROKEN = {
@@ -141,5 +141,5 @@ def test_a_broken_tokenizer_is_refused_in_one_line(tmp_path, how):
     path = tmp_path / "tokenizer.json"
     path.write_text(BROKEN[how](path.read_text(encoding="utf-8")), encoding="utf-8", errors="surrogateescape")
     with pytest.raises(CheckpointError, match="tokenizer.json: not a tokenizer") as caught:
-        load_tokenizer(tmp_path, VOCAB)
+        load_tokenizer(Checkpoint(tmp_path, {}, {}), VOCAB)
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500

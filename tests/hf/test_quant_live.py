@@ -14,7 +14,8 @@ from compressed_tensors.quantization.utils import calculate_qparams  # noqa: E40
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from minimtp.checkpoint import float_to_bf16, open_checkpoint, write_safetensors  # noqa: E402
-from minimtp.quant import FORMATS, pack, parse_quantization, read_weight  # noqa: E402
+from minimtp.formats import FORMATS, parse_quantization, read_weight  # noqa: E402
+from minimtp.quant import pack  # noqa: E402
 
 ARGS = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
 SCHEME = QuantizationScheme(targets=["Linear"], weights=ARGS)

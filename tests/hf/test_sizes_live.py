@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import minimtp
 from minimtp import loading
+from minimtp.checkpoint import Checkpoint
 
 torch.set_num_threads(1)
 
@@ -233,7 +234,7 @@ BUNDLED = (loading.bundled("tiny-gemma4") / "chat_template.jinja").read_text()
 def test_templates_write_what_transformers_writes(source, messages, options, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(source)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
-    ours = minimtp.text.load_chat_template(tmp_path).render(messages, **options)
+    ours = minimtp.text.load_chat_template(Checkpoint(tmp_path, {}, {})).render(messages, **options)
     (theirs,), _ = render_jinja_template(
         [messages], chat_template=source, add_generation_prompt=True, bos_token="<bos>", **options
     )
