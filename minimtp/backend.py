@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -64,6 +65,33 @@ def tiles(rows, columns):
     return tuple(zip(starts, [*starts[1:], rows]))
 
 
+class Rounded(NamedTuple):
+    """A weight whose product rounds what goes in and what comes out to 8 bits, each by a fixed scale, as QAT did."""
+
+    weight: object  # an array, or a weight object
+    input_scale: float | None  # None: not rounded
+    output_scale: float | None
+
+    @property
+    def shape(self):
+        return self.weight.shape
+
+    def take(self, ids_T, dtype):
+        """Rows of the weight: in a product with them nothing is rounded."""
+        return gather(self.weight, ids_T, dtype)
+
+
+def round_activations(x, scale):
+    """The nearest of scale · (-128 … 127), ties to even, in x's dtype; scale None leaves x alone.
+
+    `apply_srq` of transformers (integrations/gemma_quant.py).
+    """
+    if scale is None:
+        return x
+    scale = x.dtype.type(scale)
+    return np.clip(np.rint(x / scale), -128, 127) * scale
+
+
 def _tile(w, start, stop, dtype):
     return w[start:stop] if isinstance(w, np.ndarray) else w.rows(start, stop, dtype)
 
@@ -71,9 +99,12 @@ def _tile(w, start, stop, dtype):
 def matmul(x_TI, w_OI):
     """x_TI times the transpose of a weight -> [T, O], in x's dtype.
 
-    w_OI is an array, or anything with `shape` and `rows(start, stop, dtype) -> [stop - start, I]`. Up to ROWS
-    tokens each is multiplied by itself, so its result does not depend on how many share the pass.
+    w_OI is an array, or anything with `shape` and `rows(start, stop, dtype) -> [stop - start, I]`, or one of them
+    Rounded. Up to ROWS tokens each is multiplied by itself, so its result does not depend on how many share the pass.
     """
+    if isinstance(w_OI, Rounded):
+        out_TO = matmul(round_activations(x_TI, w_OI.input_scale), w_OI.weight)
+        return round_activations(out_TO, w_OI.output_scale)
     parts = tiles(*w_OI.shape)
     if len(parts) == 1 and len(x_TI):
         return _product(x_TI, _tile(w_OI, *parts[0], x_TI.dtype))

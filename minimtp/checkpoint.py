@@ -10,6 +10,8 @@ import mmap
 import os
 import reprlib
 import secrets
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -70,6 +72,13 @@ class Checkpoint:
         path = self.folder / f"{name}.json"
         return read_json(path) if path.is_file() else {}
 
+    def stored_bytes(self):
+        """-> {dtype: bytes} of all its tensors."""
+        stored = {}
+        for tensor in self.tensors.values():
+            stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.data.size
+        return stored
+
 
 def open_checkpoint(path):
     """Open a folder with model.safetensors, or model.safetensors.index.json and its shards; or one .safetensors file.
@@ -123,35 +132,60 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-def write_safetensors(path, arrays, metadata=None):
-    """Write {name: array, or (dtype name, array of stored bits) as ("BF16", uint16 array)} atomically: all or nothing.
+@dataclass(frozen=True, eq=False)
+class Lazy:
+    """A tensor to be written, made piece by piece: chunks() gives arrays whose bytes, joined, are its data."""
 
-    The bytes go to a temporary file in the same folder, which takes the name once they are on the disk. CheckpointError
-    for an array that the format cannot hold; OSError if the disk will not have it.
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable = field(repr=False)
+
+
+def write_safetensors(path, arrays, metadata=None):
+    """Write {name: array, or (dtype name, array of stored bits) as ("BF16", uint16 array), or Lazy} atomically.
+
+    All or nothing: the bytes go to a temporary file in the same folder, which takes the name once they are on the disk.
+    CheckpointError for an array that the format cannot hold; OSError if the disk will not have it.
     """
     path, metadata = Path(path), dict(metadata or {})
     if not _are_texts(metadata):
         raise CheckpointError(f"{path}: metadata is not a table of texts")
-    arrays = {name: _storable(name, value) for name, value in arrays.items()}
-    order = sorted(arrays, key=lambda name: (-arrays[name][1].itemsize, name))  # widest first: all data is aligned
+    tensors = {name: _storable(name, value) for name, value in arrays.items()}
+    widths = {name: np.dtype(DTYPES[tensor.dtype]).itemsize for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-widths[name], name))  # widest first: all data is aligned
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name in order:
-        dtype, array = arrays[name]
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, end]}
+        begin, end = end, end + math.prod(tensors[name].shape) * widths[name]
+        header[name] = {"dtype": tensors[name].dtype, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    with new_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            begin, end = header[name]["data_offsets"]
+            write_chunks(file, name, tensors[name], end - begin)
+
+
+@contextmanager
+def new_file(path):
+    """A file to write that takes its name once its bytes are on the disk; after an error nothing of it is left."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                file.write(np.ascontiguousarray(arrays[name][1]).reshape(-1).view(np.uint8))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_chunks(file, name, tensor, size):
+    """Write the chunks of a Lazy that must come to `size` bytes."""
+    for chunk in tensor.chunks():
+        size -= file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
+    if size:
+        raise CheckpointError(f"{show(name)}: {abs(size)} bytes too {'few' if size > 0 else 'many'} to write")
 
 
 def bf16_to_float(bits, dtype=np.float32):
@@ -289,7 +323,9 @@ def _check_cover(path, spans, size):
 
 
 def _storable(name, value):
-    """array or (dtype name, array) -> (dtype name, little-endian array)."""
+    """What write_safetensors takes -> Lazy, of little-endian arrays."""
+    if isinstance(value, Lazy):
+        return value
     dtype, array = value if isinstance(value, tuple) else (None, value)
     array = np.asarray(array)
     if dtype is None:
@@ -298,4 +334,4 @@ def _storable(name, value):
         array = array.view(np.uint8) if dtype == "BOOL" else array
     if name == "__metadata__" or dtype not in DTYPES or array.dtype.newbyteorder("<") != np.dtype(DTYPES[dtype]):
         raise CheckpointError(f"cannot store {show(name)}, {array.dtype} as {dtype}")
-    return dtype, array.astype(DTYPES[dtype], copy=False)
+    return Lazy(dtype, array.shape, lambda: [array.astype(DTYPES[dtype], copy=False)])

@@ -8,17 +8,23 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from . import __version__, memory, qwen35_mtp
+from tqdm import tqdm
+
+from . import __version__, lattice_report, memory, qwen35_mtp
 from .acceptance import RULES
 from .bench import measure, summarize
 from .chat import Conversation
 from .checkpoint import CheckpointError
+from .convert import FORMATS, convert
 from .generate import generate
 from .loading import bundled, find_drafter, load, load_drafter, open_model, published_config
+from .parameters import notes
 from .sampling import Sampling, recommended
+from .synth import synthesize
 from .text import ChatTemplateError
 
 BUNDLED = "tiny-gemma4"
+CHECKPOINT = "checkpoint folder, GGUF file, or a bundled model"
 PROMPT = "ROMEO:\n"  # what the bundled model is asked to continue where no prompt is given
 
 
@@ -74,7 +80,7 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--draft", default="auto", help="auto, none, lookup (prompt lookup), or a drafter's folder")
+    model.add_argument("--draft", default="auto", help="auto, none, lookup (prompt lookup), or a drafter's path")
     model.add_argument("-k", "--num-draft", type=int, default=4, metavar="K", help="tokens drafted a round (4)")
     model.add_argument("-n", "--max-new-tokens", type=int, metavar="N", help="tokens at most (128; chat 1024)")
     model.add_argument("--backend", choices=("numpy", "cupy"), default="numpy")
@@ -82,7 +88,7 @@ def _parser():
     model.add_argument("--keep", choices=("auto", "packed", "dense"), default="auto", help="weights in memory")
 
     sampler = argparse.ArgumentParser(add_help=False)
-    sampler.add_argument("--model", default=BUNDLED, help=f"checkpoint folder, or a bundled model ({BUNDLED})")
+    sampler.add_argument("--model", default=BUNDLED, help=f"{CHECKPOINT} ({BUNDLED})")
     sampler.add_argument("--rule", choices=tuple(RULES), default="rejection", help="acceptance rule (rejection)")
     sampler.add_argument(
         "--temp", type=float, help="temperature (run: 0, the most likely token; chat: the model's own)"
@@ -105,7 +111,7 @@ def _parser():
 
     show = commands.add_parser("show", help="a model's layer plan, parameters and memory")
     show.set_defaults(command=show_command)
-    show.add_argument("model", nargs="?", default=BUNDLED, help="checkpoint folder, or a bundled model")
+    show.add_argument("model", nargs="?", default=BUNDLED, help=CHECKPOINT)
     show.add_argument("--config", metavar="NAME", help="a published configuration instead, without weights")
     show.add_argument("--context", type=int, metavar="N", help="tokens of context to count KV bytes for")
     show.add_argument("--json", action="store_true")
@@ -117,6 +123,28 @@ def _parser():
     bench.add_argument("--prompts", type=int, default=8, metavar="P", help="prompts, evenly spaced in the text (8)")
     bench.add_argument("--prompt-tokens", type=int, default=64, metavar="T", help="tokens of each prompt (64)")
     bench.add_argument("--json", action="store_true", help="one line of JSON")
+
+    lattice = commands.add_parser("lattice", help="are weights int4 QAT weights; which of two checkpoints has them")
+    lattice.set_defaults(command=lattice_command)
+    lattice.add_argument("model", help=CHECKPOINT)
+    lattice.add_argument("--against", metavar="PATH", help="compare with this one, in any of the formats")
+    lattice.add_argument("--json", action="store_true")
+
+    convert_ = commands.add_parser("convert", help="write a checkpoint in another format, and say what was rounded")
+    convert_.set_defaults(command=convert_command)
+    convert_.add_argument("source", help=CHECKPOINT)
+    convert_.add_argument("destination", help="a new .gguf file (f32, q8_0, q4_0), else a new folder")
+    convert_.add_argument("--to", required=True, choices=FORMATS)
+    convert_.add_argument("--json", action="store_true")
+
+    synth = commands.add_parser("synth", help="write a random checkpoint of any size, for memory and speed")
+    synth.set_defaults(command=synth_command)
+    synth.add_argument("destination", help="a new folder; for f32, q8_0 and q4_0 perhaps a new .gguf file")
+    synth.add_argument("--config", required=True, metavar="NAME", help="a published configuration, or a config.json")
+    synth.add_argument("--layers", type=int, metavar="N", help="its first N, whole periods of the pattern (all)")
+    synth.add_argument("--format", choices=FORMATS, default="bf16")
+    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--json", action="store_true")
     return parser
 
 
@@ -124,7 +152,7 @@ def _load(arguments):
     """The target, which must have a tokenizer, and its drafter, or None where there is none."""
     target = load(arguments.model, arguments.backend, arguments.dtype, arguments.keep)
     if target.tokenizer is None:
-        raise CheckpointError(f"{target.folder} has no tokenizer.json")
+        raise CheckpointError(f"{target.folder} has no tokenizer")
     if arguments.draft == "none":
         return target, None
     if arguments.draft == "auto" and find_drafter(target) is None:
@@ -332,14 +360,12 @@ def show_command(arguments):
         raise ValueError(f"--context must be at least 1, got {arguments.context}")
     if arguments.config:
         family, config = published_config(arguments.config)
-        name, stored = arguments.config, {}
+        name, stored, told = arguments.config, None, []
     else:
         checkpoint, family, config = open_model(arguments.model)
-        name, stored = str(checkpoint.folder), {}
+        name, stored, told = str(checkpoint.folder), checkpoint.stored_bytes(), notes(checkpoint, family, config)
         if hasattr(config, "mtp_layers"):  # tensors say what is there
             config = replace(config, mtp_layers=int(any(map(qwen35_mtp.owns, checkpoint.tensors))))
-        for tensor in checkpoint.tensors.values():
-            stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.data.size
     has_mtp = getattr(config, "mtp_layers", 0)
     mtp_table = qwen35_mtp.tensors(qwen35_mtp.layer_config(config)) if has_mtp else None
     report = {
@@ -349,6 +375,8 @@ def show_command(arguments):
             config, family.tensors(config), arguments.context, formats=family.FORMATS, mtp_table=mtp_table
         ),
     }
+    if told:
+        report["notes"] = told
     if stored:
         report["stored_bytes"] = {**stored, "total": sum(stored.values())}
     print(json.dumps(report) if arguments.json else memory.report_text(report))
@@ -375,3 +403,48 @@ def _pieces(arguments, tokenizer):
         raise ValueError(f"{path} has {len(ids)} tokens, too few for {arguments.prompts} prompts of {size}")
     stride = len(ids) // arguments.prompts
     return [ids[i * stride : i * stride + size] for i in range(arguments.prompts)]
+
+
+# checkpoints in other formats
+
+
+def lattice_command(arguments):
+    """Say whether a checkpoint holds int4 QAT weights, or which of two does."""
+    with _progress("weights") as bar:
+        if arguments.against:
+            report = lattice_report.compare(arguments.model, arguments.against, lambda row: bar.update())
+        else:
+            report = lattice_report.examine(arguments.model, lambda row: bar.update())
+    print(json.dumps(report) if arguments.json else lattice_report.report_text(report))
+    return 0 if report["same" if arguments.against else "qat"] else 1
+
+
+def convert_command(arguments):
+    """Write a checkpoint in another format."""
+    with _progress("B") as bar:
+        report = convert(arguments.source, arguments.destination, arguments.to, _counting(bar))
+    print(json.dumps(report.as_dict()) if arguments.json else report.text())
+
+
+def synth_command(arguments):
+    """Write a random checkpoint."""
+    with _progress("B") as bar:
+        options = arguments.format, arguments.layers, arguments.seed
+        report = synthesize(arguments.config, arguments.destination, *options, _counting(bar))
+    if arguments.json:
+        print(json.dumps(report.as_dict()))
+    else:
+        print(report.text().splitlines()[0], file=sys.stderr)
+
+
+def _progress(unit):
+    """A bar on standard error, if that is a terminal."""
+    return tqdm(unit=unit, unit_scale=True, leave=False, disable=not sys.stderr.isatty(), file=sys.stderr)
+
+
+def _counting(bar):
+    def progress(done, total):
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return progress

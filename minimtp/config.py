@@ -1,7 +1,11 @@
 """Fields of a published config.json, believed after a check; what one asks for and no forward knows is refused."""
 
+import re
+
 from .checkpoint import CheckpointError, show
 
+MAX_STEPS = 10_000_000  # to match one name of a module with patterns: some hundredths of a second
+NAME_LENGTH = 50
 MAX_LAYERS = 1000  # a config that claims more is not believed: a plan and a table are made before any weight is read
 
 _REQUIRED = object()
@@ -48,6 +52,31 @@ def layer_kinds(types, count, kinds):
     if len(types) != count or any(not isinstance(kind, str) or kind not in kinds for kind in types):
         raise CheckpointError(f"config: layer_types must name {count} layers, each one of {', '.join(kinds)}")
     return [kinds[kind] for kind in types]
+
+
+def name_patterns(texts, where, prefix="", suffix=""):
+    """Regular expressions over names of modules, from a config.json -> {text: pattern}, between prefix and suffix.
+
+    Raises CheckpointError for what is none, or could take long: Python's matching is exponential in repeats of groups,
+    so there may be none, and a power of a name's length in the number of other repeats.
+    """
+    if sum(max(1000, NAME_LENGTH ** _repeats(text, where)) for text in texts) > MAX_STEPS:
+        raise CheckpointError(f"{where}: patterns that could take long: too many, or with too many repeats")
+    try:
+        return {text: re.compile(f"{prefix}{text}{suffix}") for text in texts}
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not a pattern: {show(str(error))}") from None
+
+
+def _repeats(text, where):
+    """How many repeats are in a pattern. CheckpointError for one of groups, and for what looks otherwise odd."""
+    if not isinstance(text, str) or len(text) > 1000:
+        raise CheckpointError(f"{where}: {show(text)} is not a pattern")
+    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", text, flags=re.DOTALL)  # escapes and sets: one character
+    bare = re.sub(r"\(\?(?:[:=!]|<[=!])", "(", bare)
+    if re.search(r"\)[*+{]|\(\?", bare):
+        raise CheckpointError(f"{where}: pattern {show(text)} repeats a group, or is of an unknown kind")
+    return len(re.findall(r"[*+?{]", bare))
 
 
 def refuse_unsupported(text, supported):

@@ -379,8 +379,7 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
             x_TD = decoder_layer(x_TD, w, layer, config, rope, kv, span, tap.within(f"layer.{i}"), per_layer_TP)
         hidden_TD = tap("final_norm", rms_norm(x_TD, params.norm, config.rms_norm_eps))
         rows = hidden_TD if last is None else hidden_TD[max(0, len(ids_T) - last) :]
-        head_VD = params.embed_tokens if config.tied else params.lm_head
-        logits_TV = tap("logits", softcap(matmul(rows, head_VD), config.final_logit_softcapping))
+        logits_TV = tap("logits", softcap(matmul(rows, params.lm_head), config.final_logit_softcapping))
     return Output(logits_TV, hidden_TD, *tap.collected())
 
 

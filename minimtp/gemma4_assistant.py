@@ -148,11 +148,11 @@ def step(
 def head(x_1D, params, config, unchosen):
     """Logits [1, V], without a soft cap: of every token, or only of those in the clusters that score best."""
     if config.clusters is None or unchosen == "none":
-        return matmul(x_1D, params.embed_tokens)
+        return matmul(x_1D, params.lm_head)
     scores_C = matmul(x_1D, params.centroids)[0]
     best = np.argsort(-scores_C, kind="stable")[: config.clusters.top_k]
     ids = params.token_ordering.reshape(config.clusters.count, -1)[best].ravel()
-    chosen = matmul(x_1D, gather(params.embed_tokens, ids, x_1D.dtype))[0]
+    chosen = matmul(x_1D, gather(params.lm_head, ids, x_1D.dtype))[0]
     logits_V = np.full(config.vocab_size, UNCHOSEN[unchosen](chosen), x_1D.dtype)
     logits_V[ids] = chosen
     return logits_V[None]

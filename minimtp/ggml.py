@@ -197,24 +197,38 @@ def _unpack_q6_k(b, w_NK):
     _scaled(w_NK, codes_NK, _scale(b, "d", w_NK) * b["scales"])
 
 
-LEVELS_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
-LEVELS_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # doubled, to be whole
+def _pairs(levels):
+    """The levels of a byte's two codes of 4 bits, that of the low one in the low byte -> uint16 [256]"""
+    levels, codes = np.array(levels, np.int8).view(np.uint8).astype(np.uint16), np.arange(256)
+    return levels[codes & 15] | levels[codes >> 4] << 8
+
+
+LEVELS_IQ4 = _pairs([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+LEVELS_E2M1 = _pairs([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # doubled, to be whole
+
+
+def _levels(pairs, items_N):
+    """The levels of codes of 4 bits, ordered as `_codes` does in runs of 16 bytes -> int8 [N, B·2]"""
+    pairs_RB = pairs.take(_bytes(items_N).reshape(-1, 16))
+    levels_R2B = np.empty((len(pairs_RB), 2, 16), np.int8)
+    levels_R2B[:, 0], levels_R2B[:, 1] = pairs_RB, pairs_RB >> 8  # cut to the low byte
+    return levels_R2B.reshape(len(items_N), -1)
 
 
 def _unpack_iq4_nl(b, w_NK):
-    _scaled(w_NK, LEVELS_IQ4.take(_codes(b["q"], 4, 16)), _scale(b, "d", w_NK))
+    _scaled(w_NK, _levels(LEVELS_IQ4, b["q"]), _scale(b, "d", w_NK))
 
 
 def _unpack_iq4_xs(b, w_NK):
     low_NS = np.stack([b["low"] & 15, b["low"] >> 4], axis=2).reshape(-1, 8)
     high_NS = b["high"][:, None] >> np.arange(0, 16, 2, np.uint16) & 3
     scale_NS = _scale(b, "d", w_NK) * ((low_NS | high_NS << 4).astype(np.int8) - 32)
-    _scaled(w_NK, LEVELS_IQ4.take(_codes(b["q"], 4, 16)), scale_NS)
+    _scaled(w_NK, _levels(LEVELS_IQ4, b["q"]), scale_NS)
 
 
 def _unpack_mxfp4(b, w_NK):
     scale_N = np.ldexp(w_NK.dtype.type(1), b["e"].astype(np.int32) - 127 - 1)  # the 1 for the doubled levels
-    _scaled(w_NK, LEVELS_E2M1.take(_codes(b["q"], 4, 16)), scale_N[:, None])
+    _scaled(w_NK, _levels(LEVELS_E2M1, b["q"]), scale_N[:, None])
 
 
 # From float32 to records, in the steps of ggml's own functions: each fills as many records b as w_NK has rows.
@@ -313,10 +327,12 @@ def encode_q4_0(weight):
     """A Quantized as Q4_0, codes and steps as they are -> (uint8 [out, in/32·18], bool [out, in/32]: rounded steps).
 
     Every float16 scale is kept, and every bfloat16 one between 2^-17 and 65504; others are rounded to the nearest.
-    CheckpointError for codes of other than 4 bits, groups that are not whole blocks, and a step beyond float16.
+    CheckpointError for codes of other than 4 bits, zero points, groups that are not whole blocks, and a step beyond
+    float16.
     """
-    if weight.bits != 4 or weight.group % 32:
-        raise CheckpointError(f"{show(weight.name)}: {weight.bits} bits in groups of {weight.group} are not Q4_0")
+    if weight.bits != 4 or weight.group % 32 or weight.zeros is not None:
+        kind = f"{weight.bits} bits in groups of {weight.group}" if weight.zeros is None else "weights with zero points"
+        raise CheckpointError(f"{show(weight.name)}: {kind} are not Q4_0")
     steps_OG = np.repeat(weight.scales.dequantize("float64"), weight.group // 32, axis=1)
     b_OG = np.empty(steps_OG.shape, TYPES["Q4_0"].record)
     with np.errstate(over="ignore", under="ignore"):

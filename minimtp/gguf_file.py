@@ -7,8 +7,6 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import math
 import re
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,22 +30,32 @@ STORED = {
 class GgufTensor(RawTensor):
     """A tensor under its published name; dtype is a key of checkpoint.DTYPES or of ggml.TYPES, data as in the file.
 
-    plus_one: the 1 of a zero-centred norm is already added.
+    The orders say where in the file the published rows are, and the columns, which move in equal runs, one of a head.
     """
 
-    undo: Callable | None = field(default=None, repr=False)  # rows as in the file -> as published
-    plus_one: bool = False
-    columns: np.ndarray | None = field(default=None, repr=False)  # the published order, where it cuts through blocks
+    row_order: np.ndarray | None = field(default=None, repr=False)  # int [rows]; None: as published
+    head_order: np.ndarray | None = field(default=None, repr=False)  # int [heads]; None: as published
+    plus_one: bool = False  # a zero-centred norm that has its 1 already
 
     def stored(self):
-        """-> array [*shape] in the stored dtype; of ggml's types uint8 [*shape[:-1], bytes of a row]."""
-        rows = self.data.view(DTYPES.get(self.dtype, "u1")).reshape(*self.shape[:-1], -1)
-        return rows if self.undo is None else self.undo(rows)
+        """-> array [*shape] in the stored dtype; of ggml's types uint8 [*shape[:-1], bytes of a row].
+
+        In the published order, unless heads are not whole blocks: `weight` moves those.
+        """
+        array = self.data.view(DTYPES.get(self.dtype, "u1")).reshape(*self.shape[:-1], -1)
+        if self.row_order is not None:
+            array = array.take(self.row_order, 0)
+        return array if self.head_order is None or self._cuts_blocks() else _put_in_order(array, self.head_order)
 
     def weight(self):
         """-> a tensor of ggml's types as a weight [out, in]. CheckpointError where it cannot be one."""
         blocks = Blocks(self.stored(), self.dtype, self.shape, self.name)
-        return blocks if self.columns is None else Reordered(blocks, self.columns)
+        return Reordered(blocks, self.head_order) if self._cuts_blocks() else blocks
+
+    def _cuts_blocks(self):
+        if self.head_order is None or self.dtype not in TYPES:
+            return False
+        return self.shape[-1] // len(self.head_order) % TYPES[self.dtype].block != 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,21 +63,26 @@ class Reordered:
     """A weight, as those of quant.py, whose rows are unpacked first and then have their columns put in order."""
 
     weight: Blocks
-    columns: np.ndarray = field(repr=False)
+    head_order: np.ndarray = field(repr=False)
     shape = property(lambda self: self.weight.shape)
     name = property(lambda self: self.weight.name)
 
     def rows(self, start, stop, dtype):
-        return self.weight.rows(start, stop, dtype).take(self.columns, 1)
+        return _put_in_order(self.weight.rows(start, stop, dtype), self.head_order)
 
     def take(self, ids, dtype):
-        return self.weight.take(ids, dtype).take(self.columns, 1)
+        return _put_in_order(self.weight.take(ids, dtype), self.head_order)
 
     def dequantize(self, dtype):
         return self.rows(0, self.shape[0], dtype)
 
     def check_finite(self):
         self.weight.check_finite()
+
+
+def _put_in_order(array, head_order):
+    """The last axis, in as many equal runs as there are heads, with these in order."""
+    return array.reshape(*array.shape[:-1], len(head_order), -1).take(head_order, -2).reshape(array.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +111,11 @@ class Texts:
 
     def index(self, text):
         """The place of a text, or None."""
-        data, wanted, at = self.data.tobytes(), len(text.encode()).to_bytes(8, "little") + text.encode(), -1
-        while (at := data.find(wanted, at + 1)) >= 0:
-            i = int(np.searchsorted(self.starts_N, at))
-            if i < len(self) and self.starts_N[i] == at:
-                return i
-        return None
+        wanted = text.encode()
+        at_N = np.flatnonzero(np.diff(self.starts_N, append=len(self.data)) == 8 + len(wanted))
+        for i, byte in enumerate(wanted):
+            at_N = at_N[self.data[self.starts_N[at_N] + 8 + i] == byte]
+        return int(at_N[0]) if at_N.size else None
 
 
 @dataclass
@@ -128,25 +140,20 @@ class Header:
         return _decode(self.take(self.number("<u8")).tobytes())
 
     def texts(self, count):
-        """An array of them. Most are found by whole blocks: a byte of length before its zeros, chained end to start."""
-        starts, length = [np.empty(0, np.int64)], struct.Struct("<Q").unpack_from
+        """An array of them. Most are found many at a time, and those that are empty or long one by one."""
+        starts = [np.empty(0, np.int64)]
         while count:
-            block = self.data[self.at : self.at + BLOCK]
-            at_N = np.flatnonzero((block[:-8] != 0) & (block[1:-7] == 0))
-            lengths_N = np.ndarray(max(0, len(block) - 7), "<u8", block, strides=(1,))[at_N]
-            ends_N = at_N + 8 + lengths_N.astype(np.int64)
-            linked_N = at_N[1:] == ends_N[:-1] if at_N.size and at_N[0] == 0 else np.empty(0, bool)
-            sure = min(count, int(np.append(linked_N, False).argmin()))
-            starts.append(at_N[:sure] + self.at)
-            self.at += int(ends_N[sure - 1]) if sure else 0
-            odd = min(count - sure, 1000) if sure < 1000 else 0  # a block's last, long ones, empty ones
-            count, self.odd = count - sure - odd, self.odd + odd
-            if self.odd > MAX_ODD:
-                raise CheckpointError(f"more than {MAX_ODD} texts that are empty or long")
+            found_N, end = _chained(self.data[self.at : self.at + min(BLOCK, 512 * count)], count)
+            starts.append(found_N + self.at)
+            self.at += end
+            odd = 0 if len(found_N) else min(count, 1000)
             for _ in range(odd):
                 starts.append([self.at])
-                self.take(8 + (length(self.data, self.at)[0] if len(self.data) - self.at >= 8 else 0))
-        return Texts(self.data[: self.at], np.concatenate(starts).astype(np.int64))
+                self.take(self.number("<u8"))
+            count, self.odd = count - len(found_N) - odd, self.odd + odd
+            if self.odd > MAX_ODD:
+                raise CheckpointError(f"more than {MAX_ODD} texts that are empty or long")
+        return Texts(self.data[: self.at], np.concatenate(starts))
 
     def value(self):
         kind, count = self.number("<u4"), None
@@ -182,6 +189,21 @@ class Header:
                 raise CheckpointError(f"{show(name)} is there twice")
             found[name] = read(name)
         return found
+
+
+def _chained(data, count):
+    """At most `count` texts that begin with the data and follow one another -> (where each begins, where they end).
+
+    Of 1 to 255 bytes each, and another such behind it. Their lengths are found by a byte that is not 0 before one that
+    is: not every such place is a length, but where one text ends and the next begins there, it is.
+    """
+    at_N = np.flatnonzero((data[:-8] != 0) & (data[1:-7] == 0))
+    if not at_N.size or at_N[0]:
+        return at_N[:0], 0
+    lengths_N = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))[at_N]  # of any bytes, so of any size
+    ends_N = at_N + 8 + lengths_N.astype(np.int64)
+    count = min(count, int(np.append(at_N[1:] == ends_N[:-1], False).argmin()))
+    return at_N[:count], int(ends_N[count - 1]) if count else 0
 
 
 def named(path, function, *arguments):

@@ -17,11 +17,10 @@ import numpy as np
 from . import gguf_text
 from .checkpoint import Checkpoint, CheckpointError, bf16_to_float, float_to_bf16, show
 from .config import MAX_LAYERS, config_size, config_value, layer_count
-from .ggml import TYPES
 from .gguf_file import MAX_TENSORS, GgufTensor, Numbers, Texts, named, read_parts
 
 ACCEPTED = {  # what these keys have to say where they are there: anything else would change what is read
-    "general.type": "model", "general.quantization_version": 2, "tokenizer.ggml.add_eos_token": False,
+    "general.quantization_version": 2, "tokenizer.ggml.add_eos_token": False,
     "tokenizer.ggml.add_sep_token": False, "tokenizer.ggml.add_space_prefix": False,
 }  # fmt: skip
 
@@ -31,6 +30,8 @@ class GgufCheckpoint(Checkpoint):
     """A Checkpoint whose folder is the file itself, and what else a published folder holds, made when asked for."""
 
     metadata: dict = field(repr=False)  # every key of the header
+    stored: dict = field(repr=False)  # {type: bytes} of all tensors in the file, before anything is undone
+    drafter: Checkpoint | None = field(default=None, repr=False)  # that of a file with two heads, with its own names
 
     def tokenizer(self):
         """-> tokenizers.Tokenizer that encodes as the model's tokenizer.json does, or None where there is none."""
@@ -43,6 +44,10 @@ class GgufCheckpoint(Checkpoint):
         stops = _architecture(self.metadata).stops
         return named(self.folder, gguf_text.generation_config, self.metadata, stops)
 
+    def stored_bytes(self):
+        """-> {type: bytes}, as they are in the file."""
+        return self.stored
+
 
 def open_gguf(path):
     """Open a .gguf file, or the first of its parts (`-00001-of-00003.gguf`) -> GgufCheckpoint.
@@ -53,7 +58,54 @@ def open_gguf(path):
     """
     path = Path(path)
     metadata, tensors = read_parts(path)
-    return GgufCheckpoint(path, *named(path, _publish, metadata, tensors), metadata)
+    return named(path, _checkpoint, path, metadata, tensors)
+
+
+def _checkpoint(path, metadata, tensors):
+    architecture = _architecture(metadata)
+    for key, value in ACCEPTED.items():
+        if metadata.get(key, value) != value:
+            raise CheckpointError(f"{key} is {show(metadata[key])}, supported: {value!r}")
+    fields, drafter, stored = _own_fields(metadata), None, {}
+    for raw in tensors.values():
+        stored[raw.dtype] = stored.get(raw.dtype, 0) + raw.data.size
+    if architecture.drafter:
+        _drop_towers(fields, tensors)
+        draft = _take_draft(fields, tensors)
+        drafter = draft and GgufCheckpoint(path, *_publish(metadata, architecture.drafter, *draft), metadata, stored)
+    return GgufCheckpoint(path, *_publish(metadata, architecture, fields, tensors), metadata, stored, drafter)
+
+
+def _architecture(metadata):
+    if metadata.get("general.type", "model") != "model":
+        raise CheckpointError(f"not a language model: its general.type is {show(metadata['general.type'])}")
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise CheckpointError(f"unknown architecture {show(name)}: expected one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def _own_fields(metadata):
+    """The keys of the file's architecture, without its name. CheckpointError for another's."""
+    name, fields = metadata["general.architecture"], {}
+    for key, value in metadata.items():
+        owner, _, rest = key.partition(".")
+        if owner in ARCHITECTURES:
+            is_list = isinstance(value, Numbers)
+            if owner != name or isinstance(value, Texts) or (is_list and len(value.data) > MAX_LAYERS):
+                raise CheckpointError(f"key {show(key)} is not known in a file of {name}")
+            fields[rest] = value.list() if is_list else value
+    return fields
+
+
+def _publish(metadata, architecture, fields, tensors):
+    """What the header says and the file's tensors -> (config.json, tensors by published name)."""
+    name = metadata["general.architecture"]
+    config = architecture.config(fields, tensors)
+    if fields:
+        raise CheckpointError(f"key {show(f'{name}.{min(fields)}')} is not known")
+    config |= dict(zip(architecture.media, gguf_text.spelled(metadata, architecture.media.values())))
+    return config, _published(tensors, architecture, config.get("text_config", config), name)
 
 
 # Configuration: "key field" pairs, in GGUF and in config.json; where there is a question mark the key may be absent.
@@ -64,39 +116,16 @@ COMMON = """block_count num_hidden_layers, context_length max_position_embedding
 GEMMA = f"""{COMMON}, expert_used_count? top_k_experts, attention.sliding_window sliding_window,
     attention.shared_kv_layers? num_kv_shared_layers, final_logit_softcapping? final_logit_softcapping,
     embedding_length_per_layer_input hidden_size_per_layer_input"""
+SHARED = (  # keys that a drafter in its target's file may leave out
+    "context_length", "attention.sliding_window", "attention.sliding_window_pattern", "attention.key_length",
+    "attention.key_length_swa", "attention.value_length", "attention.value_length_swa",
+    "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa",
+)  # fmt: skip
 QWEN = f"""{COMMON}, expert_used_count? num_experts_per_tok, feed_forward_length? intermediate_size,
     expert_shared_feed_forward_length? shared_expert_intermediate_size, attention.key_length head_dim,
     attention.head_count_kv num_key_value_heads, full_attention_interval? full_attention_interval,
     ssm.conv_kernel linear_conv_kernel_dim, ssm.state_size linear_key_head_dim, ssm.group_count linear_num_key_heads,
     ssm.time_step_rank linear_num_value_heads, nextn_predict_layers? mtp_num_hidden_layers"""
-
-
-def _publish(metadata, tensors):
-    """What the header says and the file's tensors -> (config.json, tensors by published name)."""
-    for key, value in ACCEPTED.items():
-        if metadata.get(key, value) != value:
-            raise CheckpointError(f"{key} is {show(metadata[key])}, supported: {value!r}")
-    architecture, fields = _architecture(metadata), {}
-    name = metadata["general.architecture"]
-    for key, value in metadata.items():
-        owner, _, rest = key.partition(".")
-        if owner in ARCHITECTURES:
-            is_list = isinstance(value, Numbers)
-            if owner != name or isinstance(value, Texts) or (is_list and len(value.data) > MAX_LAYERS):
-                raise CheckpointError(f"key {show(key)} is not known in a file of {name}")
-            fields[rest] = value.list() if is_list else value
-    config = architecture.config(fields, tensors)
-    if fields:
-        raise CheckpointError(f"key {show(f'{name}.{min(fields)}')} is not known")
-    config |= dict(zip(architecture.media, gguf_text.spelled(metadata, architecture.media.values())))
-    return config, _published(tensors, architecture, config.get("text_config", config))
-
-
-def _architecture(metadata):
-    name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise CheckpointError(f"unknown architecture {show(name)}: expected one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
 
 
 def _take(fields, key, *default):
@@ -129,6 +158,12 @@ def _take_same(fields, key, expected, *default):
         raise CheckpointError(f"{key} is {show(found)}, supported: {show(expected)}")
 
 
+def _take_vocabulary(fields, tensors):
+    size = _vocabulary(tensors)
+    _take_same(fields, "vocab_size", size, size)
+    return size
+
+
 def _vocabulary(tensors, name="token_embd.weight"):
     if name not in tensors:
         raise CheckpointError(f"tensor {name!r} is missing")
@@ -157,42 +192,56 @@ def _rotating(tensors, width):
 def _gemma(fields, tensors):
     text = {"model_type": "gemma4_text", **_take_pairs(fields, GEMMA)}
     count, shared = layer_count(text), config_size(text, "num_kv_shared_layers")
-    names = ("attention.sliding_window_pattern", "attention.head_count_kv", "feed_forward_length")
-    sliding, kv_heads, widths = (_take_each(fields, name, count) for name in names)
-    dims = [_take(fields, "attention.key_length"), _take(fields, "attention.key_length_swa")]
-    for dim, suffix in zip(dims, ("", "_swa")):
-        _take_same(fields, f"attention.value_length{suffix}", dim)
-        _take_same(fields, f"rope.dimension_count{suffix}", dim)
-    wide = widths != widths[:1] * count
-    if wide and widths != [widths[0] * (2 if i >= count - shared else 1) for i in range(count)]:
+    sliding = _take_each(fields, "attention.sliding_window_pattern", count)
+    kv_heads = _take_each(fields, "attention.head_count_kv", count)
+    widths = _take_each(fields, "feed_forward_length", count)
+    full_dim, sliding_dim = _take_head_dim(fields, ""), _take_head_dim(fields, "_swa")
+    is_wide = widths != widths[:1] * count
+    if is_wide and widths != [widths[0] * (2 if i >= count - shared else 1) for i in range(count)]:
         raise CheckpointError(f"feed_forward_length {show(widths)} is not doubled where keys and values are shared")
-    own = [i for i in range(count - shared) if not sliding[i]]
-    valued = [i for i in own if f"blk.{i}.attn_v.weight" in tensors]
-    if valued not in ([], own):
-        raise CheckpointError(f"of full layers {show(own)} only {show(valued)} have attn_v")
-    k_eq_v = not valued if own else kv_heads != kv_heads[:1] * count  # of a drafter: released, only then they differ
-    layers = [{"head_dim": dims[bool(s)], "num_key_value_heads": n} for s, n in zip(sliding, kv_heads)]
-    ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": _take(fields, "rope.freq_base_swa")}}
-    ropes["full_attention"] = {"rope_type": "proportional", "rope_theta": _take(fields, "rope.freq_base")}
-    ropes["full_attention"]["partial_rotary_factor"] = _rotating(tensors, dims[0])
+    rope = {"rope_type": "default", "rope_theta": _take(fields, "rope.freq_base_swa")}
+    full_rope = {"rope_type": "proportional", "rope_theta": _take(fields, "rope.freq_base")}
+    full_rope["partial_rotary_factor"] = _rotating(tensors, full_dim)
     tables = "per_layer_token_embd.weight" if "per_layer_token_embd.weight" in tensors else "token_embd.weight"
     return text | {
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
         "num_key_value_heads": kv_heads[0],
-        "per_layer_config": {str(i): layer for i, layer in enumerate(layers)},
-        "attention_k_eq_v": k_eq_v,
+        "per_layer_config": {
+            str(i): {"head_dim": sliding_dim if s else full_dim, "num_key_value_heads": heads}
+            for i, (s, heads) in enumerate(zip(sliding, kv_heads))
+        },
+        "attention_k_eq_v": _keys_are_values(tensors, [i for i in range(count - shared) if not sliding[i]], kv_heads),
         "intermediate_size": widths[0],
-        "use_double_wide_mlp": wide,
+        "use_double_wide_mlp": is_wide,
         "enable_moe_block": bool(text["num_experts"]),
-        "rope_parameters": ropes,
-        "vocab_size": _vocabulary(tensors),
+        "rope_parameters": {"sliding_attention": rope, "full_attention": full_rope},
+        "vocab_size": _take_vocabulary(fields, tensors),
         "vocab_size_per_layer_input": _vocabulary(tensors, tables),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
 
 
+def _take_head_dim(fields, suffix):
+    """A head's width, which values and their positions have too: how much of it rotates, rope_freqs say."""
+    dim = _take(fields, f"attention.key_length{suffix}")
+    _take_same(fields, f"attention.value_length{suffix}", dim)
+    _take_same(fields, f"rope.dimension_count{suffix}", dim)
+    return dim
+
+
+def _keys_are_values(tensors, full, kv_heads):
+    """Whether the full layers have no values of their own. Drafters have neither; in those released, where it is so,
+    full layers borrow another number of heads than sliding ones."""
+    if not full:
+        return kv_heads != kv_heads[:1] * len(kv_heads)
+    valued = [i for i in full if f"blk.{i}.attn_v.weight" in tensors]
+    if valued not in ([], full):
+        raise CheckpointError(f"of full layers {show(full)} only {show(valued)} have attn_v")
+    return not valued
+
+
 def _assistant(fields, tensors):
-    """Both dialects: llama.cpp's, and of the fork that came before it (`gemma4_assistant`)."""
+    """Both dialects: llama.cpp's, and of the fork that came before it (`gemma4_assistant`), which Ollama writes too."""
     backbone = _take(fields, "n_embd_backbone" if "n_embd_backbone" in fields else "embedding_length_out")
     _take_same(fields, "nextn_predict_layers", fields.get("block_count"), fields.get("block_count"))
     _take_same(fields, "requires_target_arch", "gemma4", "gemma4")
@@ -210,6 +259,45 @@ def _assistant(fields, tensors):
         "centroid_intermediate_top_k": top_k,
         "text_config": text if k_eq_v is None else text | {"attention_k_eq_v": k_eq_v},
     }
+
+
+def _drop_towers(fields, tensors):
+    """Take out what sees and hears, which Ollama's files have: only text is read."""
+    for prefix in ("vision.", "audio."):
+        _take_prefixed(fields, prefix)
+    for prefix in ("v.", "a.", "mm."):
+        _take_prefixed(tensors, prefix)
+
+
+def _take_prefixed(table, prefix):
+    return {key.removeprefix(prefix): table.pop(key) for key in list(table) if key.startswith(prefix)}
+
+
+def _take_draft(fields, tensors):
+    """The drafter of a file with two heads -> (fields, tensors) as a file of its own would have them, or None.
+
+    A branch of Ollama writes and reads such files of Gemma (convert/convert.go, ConvertModelWithDraft; model_draft.go):
+    the assistant's tensors, and those of its keys in which it differs, with `draft.` before them.
+    """
+    draft, own = _take_prefixed(fields, "draft."), _take_prefixed(tensors, "draft.")
+    if not own:
+        return None
+    own = {f"mtp.{name}" if f"mtp.{name}" in ASSISTANT_TOP else name: raw for name, raw in own.items()}
+    draft = {key: fields[key] for key in SHARED if key in fields} | {"embedding_length_per_layer_input": 0} | draft
+    names, width = ("attention.sliding_window_pattern", "attention.head_count_kv"), draft.get("attention.key_length")
+    theirs, ours = (layer_count({"num_hidden_layers": table.get("block_count")}) for table in (fields, draft))
+    lent = dict(zip(*(_take_each(dict(fields), name, theirs) for name in names)))
+    rotating = int(width * _rotating(dict(tensors), width))  # one table for both
+    _take_same(draft, "rope.dimension_count", rotating, rotating)
+    draft |= {
+        "n_embd_backbone": fields.get("embedding_length"),
+        "attention.head_count_kv": [lent.get(is_sliding) for is_sliding in _take_each(dict(draft), names[0], ours)],
+        "rope.dimension_count": width,
+        "rope.dimension_count_swa": draft.get("attention.key_length_swa"),
+        "n_centroids": draft.pop("num_centroids", None),
+        "centroid_top_k": draft.pop("centroid_intermediate_top_k", None),
+    }
+    return draft, own | {"rope_freqs.weight": tensors["rope_freqs.weight"]}
 
 
 def _qwen(model_type, fields, tensors):
@@ -232,13 +320,23 @@ def _qwen(model_type, fields, tensors):
         "layer_types": ["linear_attention" if r else "full_attention" for r in recurrent[:count]],
         "linear_value_head_dim": inner // heads,
         "rope_parameters": rope,
-        "vocab_size": _vocabulary(tensors),
+        "vocab_size": _take_vocabulary(fields, tensors),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
 
 
 # Tensors: name in the file -> (rule, published name). A rule takes the tensor, that name and the text's configuration,
-# and yields the tensor, or several, as published.
+# and yields the tensor, or several, as published. Gemma's numbers are as published. Of Qwen's, files hold:
+#
+#   tensors                                         hold                                              undone by
+#   all norms but ssm_norm                          1 + w, as the forward uses it                     _norm
+#   ssm_a                                           -exp(A_log)                                       _decay
+#   rows of attn_gate, ssm_alpha, ssm_beta, ssm_dt  value heads in turn, one of each key head         _value_rows
+#   attn_qkv                                        likewise, after the rows of queries and keys      _value_rows
+#   ssm_conv1d                                      likewise, and the axis of length 1 left out       _conv
+#   columns of ssm_out                              value heads in turn                               _value_columns
+#   ffn_*_exps (Gemma's too)                        the matrices of all experts in one tensor         _experts
+#   ffn_gate_inp_shexp                              its single row, or that as a vector               _one_row
 
 
 def _plain(raw, name, text):
@@ -246,7 +344,6 @@ def _plain(raw, name, text):
 
 
 def _norm(raw, name, text):
-    """A norm that the forward adds 1 to: here it is added already, in float32."""
     yield replace(raw, name=name, plus_one=True)
 
 
@@ -261,7 +358,7 @@ def _ordering(raw, name, text):
 
 
 def _experts(raw, name, text, parts=("",)):
-    """All experts in one tensor; where it has both, of each the gate's rows before up's."""
+    """Where a tensor holds both gate and up, the rows of an expert's gate are before those of its up."""
     count = config_value(text, "num_experts", int)
     if len(raw.shape) != 3 or raw.shape[0] != count or raw.shape[1] % len(parts):
         raise CheckpointError(f"{show(raw.name)} is {list(raw.shape)}: not {count} experts")
@@ -271,24 +368,15 @@ def _experts(raw, name, text, parts=("",)):
         yield GgufTensor(expert, raw.dtype, shape, raw.data[i * size : (i + 1) * size], raw.file)
 
 
-def _grouped(raw, text, axis, keys=False, wide=True):
-    """The published order of value heads -> (indices along an axis, or None where it is the file's; a head's width).
-
-    Published, heads of the same key head are neighbours (0 0 0 1 1 1); llama.cpp has key heads in turn (0 1 0 1 0 1).
-    keys: before them come the rows of queries and keys. wide: False if a head is one number.
-    """
-    names = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
-    groups, heads, key_dim, value_dim = (config_value(text, name, int) for name in names)
-    width, start = value_dim if wide else 1, 2 * groups * key_dim if keys else 0
-    if raw.shape[axis] != start + heads * width or heads % groups:
-        raise CheckpointError(f"{show(raw.name)} is {list(raw.shape)}: not {heads} heads in {groups} groups of {width}")
-    order = np.arange(heads).reshape(-1, groups).T.reshape(-1, 1) * width + np.arange(width)
-    return None if heads == groups else np.concatenate([np.arange(start), start + order.ravel()]), width
-
-
 def _value_rows(raw, name, text, keys=False, wide=True):
-    order, _ = _grouped(raw, text, 0, keys, wide)
-    yield replace(raw, name=name, undo=None if order is None else lambda rows: rows.take(order, 0))
+    """keys: before the values come the rows of queries and keys. wide: False if a head is a single row."""
+    key_heads, key_dim = (config_value(text, f"linear_{size}", int) for size in ("num_key_heads", "key_head_dim"))
+    start = 2 * key_heads * key_dim if keys else 0
+    order, width = _value_heads(raw, raw.shape[0] - start, text, wide)
+    if order is not None:
+        rows = start + (order[:, None] * width + np.arange(width)).ravel()
+        raw = replace(raw, row_order=np.append(np.arange(start), rows))
+    yield replace(raw, name=name)
 
 
 def _conv(raw, name, text):
@@ -297,25 +385,28 @@ def _conv(raw, name, text):
 
 
 def _value_columns(raw, name, text):
-    """Where a head is whole blocks, they are moved; else the row has to be unpacked first."""
-    order, width = _grouped(raw, text, -1)
-    block = TYPES[raw.dtype].block if raw.dtype in TYPES else 1
-    if order is None or width % block:
-        yield replace(raw, name=name, columns=order)
-        return
-    blocks = order[::block] // block
-    yield replace(raw, name=name, undo=lambda rows: _blocks(rows, len(blocks)).take(blocks, 1).reshape(rows.shape))
+    yield replace(raw, name=name, head_order=_value_heads(raw, raw.shape[-1], text)[0])
 
 
-def _blocks(rows, count):
-    return rows.reshape(len(rows), count, -1)
+def _value_heads(raw, size, text, wide=True):
+    """Where in the file the published value heads are -> (int [heads], or None where they are as published; width).
+
+    Published, heads of the same key head are neighbours, as 0 0 0 1 1 1; in a file key heads take turns: 0 1 0 1 0 1.
+    """
+    names = ("linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim")
+    groups, heads, width = (config_value(text, name, int) for name in names)
+    width = width if wide else 1
+    if size != heads * width or heads % groups:
+        raise CheckpointError(f"{show(raw.name)} is {list(raw.shape)}: not {heads} heads in {groups} groups of {width}")
+    order = None if heads == groups else np.arange(heads).reshape(-1, groups).T.ravel()
+    return order, width
 
 
 def _decay(raw, name, text):
-    """-exp(A_log) -> A_log: the shortest float with that exponential, so the published one if that had 16 bits."""
+    """The shortest float with that exponential: the published one, if that had 16 bits."""
     tensor = next(_value_rows(raw, name, text, wide=False))
-    decay_H = tensor.stored().astype(np.float64) if raw.dtype == "F32" else np.zeros(1)
-    if not (np.isfinite(decay_H) & (decay_H < 0)).all():
+    decay_H = tensor.stored().astype(np.float64)
+    if raw.dtype != "F32" or not (np.isfinite(decay_H) & (decay_H < 0)).all():
         raise CheckpointError(f"{show(raw.name)}, {raw.dtype}, is not the -exp of anything")
     log_H = np.log(-decay_H)
     shorter = (bf16_to_float(float_to_bf16(log_H), np.float64), log_H.astype(np.float16).astype(np.float64), log_H)
@@ -350,7 +441,8 @@ GEMMA_LAYER = LAYER | ATTENTION | EXPERTS | _weights(_plain, """attn_norm input_
 ASSISTANT_TOP = GEMMA_TOP | _weights(_plain, """nextn.pre_projection pre_projection, mtp.pre_projection pre_projection,
     nextn.post_projection post_projection, mtp.post_projection post_projection,
     masked_embd_centroids masked_embedding.centroids, mtp.centroids masked_embedding.centroids""") | dict.fromkeys(
-    ("masked_embd_ordering", "mtp.token_ordering.weight"), (_ordering, "masked_embedding.token_ordering"),
+    ("masked_embd_ordering", "mtp.token_ordering", "mtp.token_ordering.weight"),
+    (_ordering, "masked_embedding.token_ordering"),
 )  # fmt: skip
 QWEN_TOP = _weights(_plain, "token_embd model.embed_tokens, output lm_head") | _weights(_norm, "output_norm model.norm")
 QWEN_LAYER = LAYER | {name: (rule, f"mlp.{published}") for name, (rule, published) in EXPERTS.items()} | _weights(
@@ -382,6 +474,7 @@ class Architecture(NamedTuple):
     blocks: dict  # and in them, by kind of layer
     media: dict  # of config.json's fields that are ids of tokens
     stops: tuple  # of tokens that end a text
+    drafter: tuple | None = None  # the Architecture of another head that a file may have
 
 
 GEMMA_REST = (
@@ -394,16 +487,17 @@ QWEN_REST = (
     {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
     ("<|im_end|>", "<|endoftext|>"),
 )
+ASSISTANT = Architecture(_assistant, ASSISTANT_TOP, *GEMMA_REST)
 ARCHITECTURES = {
-    "gemma4": Architecture(_gemma, GEMMA_TOP, *GEMMA_REST),
-    "gemma4-assistant": Architecture(_assistant, ASSISTANT_TOP, *GEMMA_REST),
-    "gemma4_assistant": Architecture(_assistant, ASSISTANT_TOP, *GEMMA_REST),
+    "gemma4": Architecture(_gemma, GEMMA_TOP, *GEMMA_REST, drafter=ASSISTANT),
+    "gemma4-assistant": ASSISTANT,
+    "gemma4_assistant": ASSISTANT,
     "qwen35": Architecture(partial(_qwen, "qwen3_5_text"), QWEN_TOP, *QWEN_REST),
     "qwen35moe": Architecture(partial(_qwen, "qwen3_5_moe_text"), QWEN_TOP, *QWEN_REST),
 }
 
 
-def _published(stored, architecture, text):
+def _published(stored, architecture, text, file):
     """{published name: GgufTensor}; blocks beyond the model's layers are MTP layers."""
     count, tensors = len(text["layer_types"]), {}
     kinds = text["layer_types"] + ["mtp"] * config_size(text, "mtp_num_hidden_layers")
@@ -412,7 +506,7 @@ def _published(stored, architecture, text):
         i, suffix = (int(block[1]), block[2]) if block else (None, key)
         known = architecture.top if i is None else architecture.blocks[kinds[i]] if i < len(kinds) else {}
         if suffix not in known:
-            raise CheckpointError(f"unknown tensor {show(key)}")
+            raise CheckpointError(f"unknown tensor {show(key)} in a file of {file}")
         rule, name = known[suffix]
         if i is not None and not name.startswith("mtp."):
             name = f"model.layers.{i}.{name}" if i < count else f"mtp.layers.{i - count}.{name}"

@@ -7,6 +7,7 @@ from .gguf_file import Numbers, Texts
 
 SPECIAL = {2: True, 3: True, 4: False}  # types of tokens that are found whole in any text -> whether they are special
 UNUSED = 5
+MAX_TOKENS = 1 << 20  # or merges; the largest vocabulary has a quarter of it, and half as many merges
 GEMMA_SPECIAL = """<|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> <|"|> <|think|>
     <|channel> <channel|> <|turn> <turn|> <|image> <|image|> <image|> <|audio> <|audio|> <audio|> <|video|>""".split()
 QWEN_SHOWN = "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>".split()
@@ -43,6 +44,9 @@ def build_tokenizer(metadata):
         return None
     if not isinstance(tokens, Texts) or not isinstance(merges, Texts) or not isinstance(types, Numbers):
         raise CheckpointError("tokenizer.ggml.tokens, merges and token_type are not there as lists")
+    if max(len(tokens), len(merges)) > MAX_TOKENS:
+        raise CheckpointError(f"{len(tokens)} tokens and {len(merges)} merges, more than {MAX_TOKENS}")
+    model = "gemma4" if (model, pre) == ("llama", "gemma4") else model  # as Ollama writes it
     if model != "gemma4" and (model != "gpt2" or not isinstance(pre, str) or pre not in LETTERS):
         raise CheckpointError(f"a tokenizer like {show(model)} with {show(pre)} is not known")
     texts, types = tokens.list(), types.list()
@@ -50,17 +54,24 @@ def build_tokenizer(metadata):
     if len(types) != len(texts) or len(vocabulary) + types.count(UNUSED) != len(texts):
         raise CheckpointError(f"{len(texts)} tokens of {len(types)} types, some of them there twice")
     special = {text: SPELLED.get(text, SPECIAL.get(types[i])) for text, i in vocabulary.items()}
+    has_bos = model == "gemma4" or metadata.get("tokenizer.ggml.add_bos_token")  # so does llama.cpp for Gemma
+    bos = _token_ids(metadata, "bos") if has_bos else []
+    if has_bos and not bos:
+        raise CheckpointError("tokenizer.ggml.bos_token_id is missing")
     try:
-        pairs = [(merge[:cut], merge[cut + 1 :]) for merge in merges.list() for cut in [merge.find(" ", 1)]]
-        tokenizer = TOKENIZERS[model](vocabulary, pairs, pre)
+        tokenizer = TOKENIZERS[model](vocabulary, list(map(_merged, merges.list())), pre)
         tokenizer.add_tokens([AddedToken(t, special=s, normalized=False) for t, s in special.items() if s is not None])
-        if model == "gemma4" or metadata.get("tokenizer.ggml.add_bos_token"):  # llama.cpp, too, knows better for Gemma
-            (bos,) = _token_ids(metadata, "bos")
-            pair = [texts[bos], "$A", f"{texts[bos]}:1", "$B:1"]
-            tokenizer.post_processor = processors.TemplateProcessing(pair[:2], pair, [(texts[bos], bos)])
+        for id in bos:
+            pair = [texts[id], "$A", f"{texts[id]}:1", "$B:1"]
+            tokenizer.post_processor = processors.TemplateProcessing(pair[:2], pair, [(texts[id], id)])
     except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"not a tokenizer: {show(str(error))}") from None
     return tokenizer
+
+
+def _merged(merge):
+    cut = merge.find(" ", 1)  # in front it would be part of the first
+    return merge[:cut], merge[cut + 1 :]
 
 
 def _token_ids(metadata, *names):
@@ -74,20 +85,22 @@ def _token_ids(metadata, *names):
 
 
 def spelled(metadata, texts):
-    """The ids of tokens, None of one that is not there."""
+    """The ids of tokens -> [id, or None for one that is not there]"""
     tokens = metadata.get("tokenizer.ggml.tokens")
     return [tokens.index(text) if isinstance(tokens, Texts) else None for text in texts]
 
 
 def tokenizer_config(metadata):
+    """What a folder's tokenizer_config.json would say, as far as the header of a GGUF file does."""
     names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     ids = {field_: id for field_, name in names.items() for id in _token_ids(metadata, name)}
     texts, template = metadata["tokenizer.ggml.tokens"].list() if ids else [], metadata.get("tokenizer.chat_template")
     config = {field_: texts[id] for field_, id in ids.items()}
-    return config if template is None else config | {"chat_template": template}
+    return config | {"chat_template": template} if isinstance(template, str) else config
 
 
 def generation_config(metadata, stops):
+    """What generation_config.json would say; `stops` are further tokens, as they are spelled, that end a text."""
     prefix, suppressed = "general.sampling.", metadata.get("tokenizer.ggml.suppress_tokens")
     config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     ids = dict.fromkeys(_token_ids(metadata, "eos", "eot", "eom") + spelled(metadata, stops))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,6 +22,8 @@ TARGETS = (gemma4, qwen35)
 DRAFTERS = {gemma4_assistant: GemmaAssistant, qwen35_mtp: MtpLayer}
 DTYPES = ("float32", "float64")
 KEEPS = ("packed", "dense", "auto")
+DRAFTER_FILE = re.compile(r"mtp-.*|.*-assistant")  # the names of GGUF files that hold drafters
+PART = re.compile(r"-(\d{5})-of-\d{5}$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class Target:
     fingerprint: str
     generation_config: dict
     path: Path  # what was opened: a folder, or one file
-    has_mtp: bool  # whether an MTP layer is in it
+    has_mtp: bool  # whether it holds its drafter, too
 
     @property
     def folder(self):
@@ -87,15 +90,35 @@ class Target:
 def open_model(path, role=None):
     """Open a checkpoint folder, a GGUF file, or a bundled model by name -> (Checkpoint, family module, configuration).
 
-    role: "target" or "drafter" to insist on one. No weight is read yet. Raises CheckpointError.
+    role: "target" or "drafter" to insist on one; of a file with both, the target is it unless the drafter is asked for.
+    A folder without config.json may hold one target as a GGUF file. No weight is read yet. Raises CheckpointError.
     """
     path = resolve(path)
+    if path.is_dir() and not (path / "config.json").exists():
+        path = _gguf_in(path) or path
     checkpoint = open_gguf(path) if path.suffix == ".gguf" and not path.is_dir() else open_checkpoint(path)
-    return checkpoint, *_parse(checkpoint.config, checkpoint.folder, role)
+    if role == "drafter":
+        checkpoint = getattr(checkpoint, "drafter", None) or checkpoint
+    return checkpoint, *parse_model(checkpoint.config, checkpoint.folder, role)
 
 
-def _parse(config, where, role=None):
-    """(family, configuration) of a config.json."""
+def _gguf_in(folder):
+    """The one GGUF model in a folder, drafters aside, or None. CheckpointError where there are several."""
+    found = _gguf_files(folder) or _gguf_files(folder, drafters=True)
+    if len(found) > 1:
+        raise CheckpointError(f"{folder}: several models: open one of {', '.join(file.name for file in found)}")
+    return found[0] if found else None
+
+
+def _gguf_files(folder, drafters=False):
+    """Its GGUF files, of a split one the first, without projectors of images: those of targets, or of drafters."""
+    files = [file for file in sorted(folder.glob("*.gguf")) if "mmproj" not in file.name]
+    firsts = [file for file in files if (part := PART.search(file.stem)) is None or int(part[1]) == 1]
+    return [file for file in firsts if bool(DRAFTER_FILE.fullmatch(PART.sub("", file.stem))) == drafters]
+
+
+def parse_model(config, where, role=None):
+    """(family module, configuration) of a config.json. Raises CheckpointError."""
     kind = config.get("model_type")
     known = {"target": TARGETS, "drafter": tuple(DRAFTERS)}.get(role, (*TARGETS, *DRAFTERS))
     family = next((family for family in known if kind in family.MODEL_TYPES), None)
@@ -108,7 +131,7 @@ def _parse(config, where, role=None):
 
 
 def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact"):
-    """Load a target model from a checkpoint folder, or the name of a bundled one -> Target.
+    """Load a target model from a checkpoint folder or GGUF file, or by the name of a bundled one -> Target.
 
     dtype: "float32", or "float64", the ground truth that errors are measured against. keep: weights "packed" as
     stored, unpacked at every use, or unpacked once ("dense"); "auto" unpacks where half of the free memory allows it.
@@ -137,32 +160,37 @@ def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact
         fingerprint=_fingerprint(checkpoint, dtype, embed_scale),
         generation_config=_generation_config(checkpoint),
         path=resolve(path),
-        has_mtp=any(map(qwen35_mtp.owns, checkpoint.tensors)),
+        has_mtp=any(map(qwen35_mtp.owns, checkpoint.tensors)) or getattr(checkpoint, "drafter", None) is not None,
     )
+
+
+def published(name):
+    """The config.json of a published model by name. Raises ValueError naming those there are."""
+    table = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
+    if name not in table:
+        raise ValueError(f"no published configuration {name!r}: there are {', '.join(table)}")
+    return table[name]
 
 
 def published_config(name):
     """(family module, configuration) of a published model by name. Raises ValueError naming those there are."""
-    table = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
-    if name not in table:
-        raise ValueError(f"no published configuration {name!r}: there are {', '.join(table)}")
-    return _parse(table[name], "published.json")
+    return parse_model(published(name), "published.json")
 
 
 def load_drafter(path, target, keep="auto", **options):
     """Load a drafter for a target -> drafting.Drafter.
 
-    path: a checkpoint folder or bundled name; "auto": the target's own MTP layer, or the assistant beside its folder
-    (`NAME-assistant`); "lookup": prompt lookup, which needs no weights. options: the drafter's own (see drafting).
+    path: a checkpoint folder, GGUF file or bundled name; "auto": the target's own drafter, or the assistant beside it
+    (`NAME-assistant`, `NAME-assistant.gguf` or `mtp-NAME.gguf`); "lookup": prompt lookup, which needs no weights.
+    options: the drafter's own (see drafting).
     Raises CheckpointError where there is none or it does not fit the target.
     """
     if path == "lookup":
         return PromptLookup(**options)
     folder = find_drafter(target) if path == "auto" else resolve(path)
     if folder is None:
-        raise CheckpointError(
-            f"no drafter for {target.folder}: no mtp.* tensors in it, and no {target.folder.name}-assistant beside it"
-        )
+        beside = " or ".join(path.name for path in _beside(target))
+        raise CheckpointError(f"no drafter for {target.folder}: no mtp.* tensors in it, and no {beside} beside it")
     checkpoint, family, config = open_model(folder, "drafter")
     if not any(map(family.owns, checkpoint.tensors)):
         raise CheckpointError(f"{checkpoint.folder} has no mtp.* tensors, so no drafter")
@@ -174,14 +202,23 @@ def load_drafter(path, target, keep="auto", **options):
 
 
 def find_drafter(target):
-    """The target's own checkpoint where it has an MTP layer, else the folder of the assistant beside it, or None."""
+    """The target's own checkpoint where it holds a drafter, else where the assistant beside it is, or None."""
     if target.has_mtp:
         return target.path
-    path = target.folder.resolve()
-    names = [f"{path.name}-assistant"]
-    if path.suffix == ".gguf":
-        names = [f"{path.stem}-assistant.gguf", f"mtp-{path.name}"]
-    return next((beside for name in names if (beside := path.with_name(name)).exists()), None)
+    found = [path for path in _beside(target) if path.exists()]
+    if target.folder.suffix == ".gguf" and target.path.is_dir() and not found:
+        found = _gguf_files(target.path, drafters=True)
+        found = found if len(found) == 1 else []
+    return found[0] if found else None
+
+
+def _beside(target):
+    """Where an assistant is looked for: beside the target's folder, or its GGUF file."""
+    if target.folder.suffix != ".gguf" or target.folder.is_dir():
+        path = target.folder.resolve()
+        return [path.with_name(f"{path.name}-assistant")]
+    stem, folder = PART.sub("", target.folder.stem), target.folder.parent
+    return [folder / name for name in (f"{stem}-assistant.gguf", f"mtp-{stem}.gguf", f"{stem}-assistant")]
 
 
 def bundled(name):

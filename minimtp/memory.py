@@ -113,7 +113,7 @@ def _layer_bytes(layer, config, context, itemsize):
 
 
 def report_text(report):
-    """What `describe` found (with "model", "family" and perhaps "stored_bytes"), for people to read."""
+    """What `describe` found (with "model", "family" and perhaps "stored_bytes", "notes"), for people to read."""
     experts, kv = report["experts"], report["kv"]
     sizes = [f"hidden size {report['hidden_size']}", f"vocabulary {report['vocab_size']}"]
     sizes.append(f"context {report['max_position_embeddings']}")
@@ -139,6 +139,8 @@ def report_text(report):
     if kv["bytes"]:
         lines += _table(f"bytes of cache a token, {kv['itemsize']} bytes a number", kv["bytes_per_token"])
         lines += _table(f"bytes of cache at {kv['context']} tokens", kv["bytes"])
+    if report.get("notes"):
+        lines += ["", *report["notes"]]
     return "\n".join(lines)
 
 

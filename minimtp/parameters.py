@@ -5,50 +5,97 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from .backend import Rounded
 from .checkpoint import CheckpointError, show
 from .formats import parse_quantization, read_weight
+from .mobile import ACTIVATION_SCALES, MobileConfig, cache_scales, read_scalar
 from .quant import Plain
 
 PREFIXES = ("model.language_model.", "language_model.model.")  # spellings of "model."
-VECTORS = ("vector", "zero_centred")  # kinds of tensors that are always unpacked
+VECTORS = ("vector", "zero_centred", "plus_one")  # kinds of tensors that are always unpacked
 
 
 def read_parameters(checkpoint, family, config, dtype, keep):
     """The parameters as a tree of names; every tensor of the checkpoint is used exactly once, or skipped by name."""
-    quantization = parse_quantization(checkpoint.config)
-    table = family.tensors(config)
-    tensors, prefix = _wanted_tensors(checkpoint, family, table), _prefix(checkpoint)
     if keep == "auto":
-        dense_bytes = sum(int(np.prod(shape)) for _, shape, _ in table.values()) * dtype.itemsize
+        dense_bytes = sum(int(np.prod(shape)) for _, shape, _ in family.tensors(config).values()) * dtype.itemsize
         keep = "dense" if dense_bytes <= _free_memory() // 2 else "packed"
     params = SimpleNamespace(layers=[SimpleNamespace() for _ in config.layers])
-    for place, (name, shape, kind) in table.items():
-        name = prefix + name.removeprefix("model.") if name.startswith("model.") else name
-        less_one = kind == "zero_centred" and not getattr(tensors.get(name), "plus_one", False)
-        for at, value in READERS[kind](tensors, place, name, shape, quantization):
+    for _, kind, found in read_weights(checkpoint, family, config):
+        for at, value in found:
             if not isinstance(value, np.ndarray):
                 value = _unpacked(value, dtype, kind in VECTORS or keep == "dense")
-            _plant(params, at, value + 1 if less_one else value)
-    if tensors:
-        more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
-        raise CheckpointError(f"{checkpoint.folder}: unknown tensor {show(min(tensors))}{more}")
+            _plant(params, at, value + 1 if kind == "zero_centred" else value)
+    if hasattr(params, "embed_tokens") and not hasattr(params, "lm_head"):
+        params.lm_head = params.embed_tokens
     return params
 
 
-def _prefix(checkpoint):
+def read_weights(checkpoint, family, config):
+    """The tensors of the family's table, one by one -> (published name, kind, [(place in the parameters, value)]).
+
+    A value is a weight, of experts a list of weights for each matrix, or a permutation; a "zero_centred" vector whose
+    1 is already added is "plus_one". CheckpointError, at the end, for tensors of the checkpoint that are left over.
+    """
+    quantization, prefix = parse_quantization(checkpoint.config), find_prefix(checkpoint)
+    tensors = {name: raw for name, raw in checkpoint.tensors.items() if family.owns(name)}
+    table = _settle_head(family.tensors(config), tensors, prefix)
+    for place, (published, shape, kind) in table.items():
+        name = prefix + published.removeprefix("model.") if published.startswith("model.") else published
+        has_one = kind == "zero_centred" and getattr(tensors.get(name), "plus_one", False)
+        found = list(READERS[kind](tensors, place, name, shape, quantization))
+        yield published, "plus_one" if has_one else kind, found
+    for name in cache_scales(tensors) if isinstance(quantization, MobileConfig) else ():  # which no forward uses
+        del tensors[name]
+    if tensors:
+        more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
+        raise CheckpointError(f"{checkpoint.folder}: unknown tensor {show(min(tensors))}{more}")
+
+
+def find_prefix(checkpoint):
     """What this checkpoint writes where the tables say "model."."""
     return next((p for p in PREFIXES if any(name.startswith(p) for name in checkpoint.tensors)), "model.")
 
 
-def _wanted_tensors(checkpoint, family, table):
-    """The checkpoint's tensors that are the family's, less the second copy of a tied head that some exports have."""
-    tensors = {name: raw for name, raw in checkpoint.tensors.items() if family.owns(name)}
-    head, embedding = tensors.get("lm_head.weight"), tensors.get(f"{_prefix(checkpoint)}embed_tokens.weight")
-    if "lm_head" not in table and head is not None and embedding is not None:
-        same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
-        if same and np.array_equal(head.data, embedding.data):
-            del tensors["lm_head.weight"]
-    return tensors
+def _settle_head(table, tensors, prefix):
+    """The table, with a head of its own where one is stored though the configuration ties it to the embedding.
+
+    transformers uses such a head, with a warning. One that is a copy of the embedding, which some exports have, is
+    taken out of the tensors instead.
+    """
+    if "lm_head" in table or "embed_tokens" not in table or not _has_head(tensors):
+        return table
+    if _is_copy(tensors, prefix):
+        del tensors["lm_head.weight"]
+        return table
+    return table | {"lm_head": ("lm_head.weight", *table["embed_tokens"][1:])}
+
+
+def _has_head(tensors):
+    return any(name.startswith("lm_head.") for name in tensors)
+
+
+def _is_copy(tensors, prefix):
+    """Whether lm_head.weight is the embedding again."""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get(f"{prefix}embed_tokens.weight")
+    if head is None or embedding is None or (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return False
+    blocks = range(0, len(head.data), 1 << 20)
+    return all(np.array_equal(head.data[at : at + (1 << 20)], embedding.data[at : at + (1 << 20)]) for at in blocks)
+
+
+def notes(checkpoint, family, config):
+    """What its tensors say about a checkpoint beyond its configuration -> lines for people to read."""
+    tensors, lines = {name: raw for name, raw in checkpoint.tensors.items() if family.owns(name)}, []
+    if getattr(config, "tied", False) and _has_head(tensors):
+        copy = _is_copy(tensors, find_prefix(checkpoint))
+        found = "a copy of the embedding, read as one with it" if copy else "not the embedding, and used"
+        lines.append(f"lm_head is stored, though tie_word_embeddings is true: it is {found}")
+    if rounded := sum(read_scalar(raw) > 0 for name, raw in tensors.items() if name.endswith(ACTIVATION_SCALES)):
+        lines.append(f"activations are rounded to 8 bits: {rounded} scales of inputs and outputs")
+    if scales := cache_scales(tensors).values():
+        lines.append(f"{len(scales)} cache scales, {min(scales):.4g} to {max(scales):.4g}: not used")
+    return lines
 
 
 # Readers of the kinds of tensors that a family's table names: each takes what it reads out of `tensors` and yields
@@ -56,8 +103,10 @@ def _wanted_tensors(checkpoint, family, table):
 
 
 def _read_linear(tensors, place, name, shape, quantization):
-    weight, names = read_weight(tensors, name.removesuffix(".weight"), quantization)
-    _check_shape(name, weight, shape)
+    base = name.removesuffix(".weight")
+    weight, names = read_weight(tensors, base, quantization)
+    said = quantization.describe(base) if quantization and not isinstance(weight, Plain) else ""
+    _check_shape(name, weight, shape, said)
     for used in names:
         del tensors[used]
     yield place, weight
@@ -121,15 +170,17 @@ def _take(tensors, name):
     return tensors.pop(name)
 
 
-def _check_shape(name, weight, shape):
+def _check_shape(name, weight, shape, said=""):
     if weight.shape != shape:
-        raise CheckpointError(f"{show(name)} is {list(weight.shape)}, expected {list(shape)}")
+        raise CheckpointError(f"{show(name)} is {list(weight.shape)}{said}, expected {list(shape)}")
 
 
 def _unpacked(weight, dtype, dense):
     """The weight (or list of them) checked, and as a dense array where asked for."""
     if isinstance(weight, list):
         return [_unpacked(one, dtype, dense) for one in weight]
+    if isinstance(weight, Rounded):
+        return weight._replace(weight=_unpacked(weight.weight, dtype, dense))
     weight.check_finite()
     if not dense:
         return weight

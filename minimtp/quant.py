@@ -63,10 +63,11 @@ class Plain:
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """w[o, i] = code[o, i] · scale[o, i // group], with signed codes of 2, 4 or 8 bits.
+    """w[o, i] = (code[o, i] - zero[o, i // group]) · scale[o, i // group], with signed codes of 2, 4 or 8 bits.
 
     The one form of every storage: a code is held as the unsigned code + 2^(bits-1), packed along `in`, the first in the
     lowest bits of its byte (at 4 bits: low nibble first). Scales stay as stored; group = in is one scale per channel.
+    Symmetric weights have no zeros.
     """
 
     packed: np.ndarray = field(repr=False)  # uint8 [out, in·bits/8]
@@ -74,6 +75,7 @@ class Quantized:
     group: int = 32
     bits: int = 4
     name: str = ""
+    zeros: np.ndarray | None = field(default=None, repr=False)  # int8 [out, in/group], codes
 
     def __post_init__(self):
         packed_2d = self.packed.dtype == np.uint8 and self.packed.ndim == 2 and self.packed.size
@@ -84,6 +86,8 @@ class Quantized:
             raise CheckpointError(
                 f"{show(self.name)}: scales {self.scales.shape} for weights {self.shape} in groups of {self.group}"
             )
+        if self.zeros is not None and (self.zeros.dtype, self.zeros.shape) != (np.int8, self.scales.shape):
+            raise CheckpointError(f"{show(self.name)}: zero points are {self.zeros.dtype} {self.zeros.shape}")
 
     @property
     def shape(self):
@@ -91,25 +95,30 @@ class Quantized:
 
     def rows(self, start, stop, dtype):
         """Rows start … stop-1 -> new float [stop - start, in], C-contiguous; in float64 the exact products."""
-        rows = rows_of(self, start, stop)
-        return _unpack(self.packed[rows], self.scales.rows(start, stop, dtype), self.bits)
+        return self._unpack(rows_of(self, start, stop), self.scales.rows(start, stop, dtype))
 
     def take(self, ids, dtype):
         """The rows of an embedding -> new float [len(ids), in]. IndexError outside it."""
         ids = ids_of(self, ids)
-        return _unpack(self.packed[ids], self.scales.take(ids, dtype), self.bits)
+        return self._unpack(ids, self.scales.take(ids, dtype))
 
     def dequantize(self, dtype):
         """-> new float [out, in]"""
         return self.rows(0, self.shape[0], dtype)
 
     def check_finite(self):
-        """Read all scales; CheckpointError, by name, for a NaN or an infinity."""
+        """Read all scales; CheckpointError, by name, for a NaN or an infinity, or what would make one in float32."""
         self.scales.check_finite()
+        if self.scales.dtype != "F16" and np.abs(self.scales.dequantize("float32")).max() >= 2.0 ** (128 - self.bits):
+            raise CheckpointError(f"{show(self.name)}: scales that make weights beyond float32")
 
     def codes(self):
         """-> int8 [out, in], the signed codes, for inspection."""
         return _levels(self.bits, np.dtype(np.int8))[self.packed].reshape(self.shape)
+
+    def _unpack(self, rows, scales_RG):
+        zeros_RG = None if self.zeros is None else self.zeros[rows].astype(scales_RG.dtype)
+        return _unpack(self.packed[rows], scales_RG, zeros_RG, self.bits)
 
 
 @cache
@@ -120,7 +129,7 @@ def _levels(bits, dtype):
     return levels.astype(dtype)
 
 
-def _unpack(packed_RB, scales_RG, bits):
+def _unpack(packed_RB, scales_RG, zeros_RG, bits):
     """-> [R, I] in the scales' dtype. One look-up gives all codes of a byte, already floats."""
     levels = _levels(bits, scales_RG.dtype)
     (R, B), G, C = packed_RB.shape, scales_RG.shape[1], levels.shape[1]
@@ -129,8 +138,21 @@ def _unpack(packed_RB, scales_RG, bits):
     height = max(1, BLOCK // (B * C))
     for block in (slice(start, start + height) for start in range(0, R, height)):
         np.take(levels, packed_RB[block], axis=0, out=w_RBC[block], mode="clip")  # mode "raise" would buffer `out`
+        if zeros_RG is not None:
+            w_RGK[block] -= zeros_RG[block, :, None]  # exact: small integers
         w_RGK[block] *= scales_RG[block, :, None]
     return w_RBC.reshape(R, B * C)
+
+
+def find_tensor(tensors, name, dtypes, shape, said=""):
+    """The tensor of that name; CheckpointError unless it is there, has one of these dtypes, and this shape, as said."""
+    if name not in tensors:
+        raise CheckpointError(f"tensor {show(name)} is missing")
+    raw = tensors[name]
+    if raw.dtype not in dtypes or raw.shape != shape:
+        expected = f"{' or '.join(dtypes)} {list(shape)}{said}"
+        raise CheckpointError(f"{raw.file}: {show(name)} is {raw.dtype} {list(raw.shape)}, expected {expected}")
+    return raw
 
 
 def rows_of(weight, start, stop):
@@ -172,4 +194,7 @@ def pack_codes(codes_OI, bits=4):
         raise ValueError(f"codes {codes_OI.min()} to {codes_OI.max()} do not fit into {bits} bits")
     biased_OI = (codes_OI + half).astype(np.uint8)
     biased_OBC = biased_OI.reshape(len(biased_OI), -1, 8 // bits)
-    return np.bitwise_or.reduce(biased_OBC << np.arange(0, 8, bits, dtype=np.uint8), axis=-1)
+    packed_OB = biased_OBC[..., 0].copy()
+    for i in range(1, 8 // bits):
+        packed_OB |= biased_OBC[..., i] << bits * i
+    return packed_OB

@@ -340,7 +340,7 @@ def final_norm(params, config, x_TD):
 
 def head(params, config, hidden_TD):
     """Logits [T, V] of hidden states after their final norm."""
-    return matmul(hidden_TD, params.embed_tokens if config.tied else params.lm_head)
+    return matmul(hidden_TD, params.lm_head)
 
 
 def forward(params, config, ids_T, cache, dtype, taps=(), last=None):

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from tokenizers import Tokenizer as Backend
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, show
 from .gguf_model import GgufCheckpoint
 
 MAX_TEXT = 10_000_000  # characters that a chat template may write
@@ -110,7 +110,7 @@ def _read_tokenizer(path):
     try:
         return Backend.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{path}: not a tokenizer: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{path}: not a tokenizer: {show(str(error))}") from None
 
 
 def load_chat_template(checkpoint):

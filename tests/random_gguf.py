@@ -296,9 +296,9 @@ def write_gguf(path, folder, *, store=lambda name, array: "F32", dialect="llama.
                tokenizer=None, parts=0, extra=None, edit=None):  # fmt: skip
     """Write a published folder as a GGUF file; -> its path, of the first part where it has several.
 
-    store: the type of a tensor, for those of two dimensions that converters do not keep in F32. mtp: False leaves the
-    MTP layer out, "only" leaves out all but it. parts: so many tensors in each file. extra: function of the writer.
-    edit: of the tensors, {name: array}.
+    store: the type of a tensor, for those that converters do not keep in F32, or its bytes as Q4_0. mtp: False leaves
+    the MTP layer out, "only" leaves out all but it. parts: so many tensors in each file. extra: function of the
+    writer. edit: of the tensors, {name: array}.
     """
     config, published = read_folder(folder)
     architecture = ARCHITECTURES[config["model_type"]]
@@ -315,8 +315,7 @@ def write_gguf(path, folder, *, store=lambda name, array: "F32", dialect="llama.
     if extra:
         extra(writer)
     for name, array in tensors.items():
-        kept = array.ndim == 1 or "ssm_conv1d" in name or "ffn_gate_inp" in name
-        type = "I32" if array.dtype.kind == "i" else "F32" if kept else store(name, array)
+        type = "I32" if array.dtype.kind == "i" else "F32" if is_kept(name, array) else store(name, array)
         add_tensor(writer, name, array, type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -326,12 +325,110 @@ def write_gguf(path, folder, *, store=lambda name, array: "F32", dialect="llama.
     return path if not parts else sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))[0]
 
 
+def is_kept(name, array):
+    """Whether converters keep a tensor in F32."""
+    return array.ndim == 1 or "ssm_conv1d" in name or "ffn_gate_inp" in name
+
+
 def add_tensor(writer, name, array, type):
-    if type in ("F32", "F16", "I32"):
+    if not isinstance(type, str):
+        writer.add_tensor(name, type, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    elif type in ("F32", "F16", "I32"):
         writer.add_tensor(name, array.astype({"F32": np.float32, "F16": np.float16, "I32": np.int32}[type]))
-        return
+    else:
+        writer.add_tensor(name, as_blocks(array, type), raw_dtype=gguf.GGMLQuantizationType[type])
+
+
+SCALES = {  # where float16 scales are in the blocks of the types that the library cannot round to
+    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0],
+}  # fmt: skip
+
+
+def as_blocks(array, type):
+    """-> uint8 [..., bytes of a row]: rounded, or random codes where the library does not round to the type."""
     kind = gguf.GGMLQuantizationType[type]
-    writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    if type not in SCALES:
+        return gguf.quants.quantize(array, kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.RandomState(array.size % 9973)
+    data = random.randint(0, 256, (array.size // block, size)).astype(np.uint8)
+    for at in SCALES[type]:
+        data[:, at : at + 2] = np.float16(random.choice([-1, 1], (len(data), 1)) * 2.0**-12).view(np.uint8)
+    return data.reshape(*array.shape[:-1], -1)
+
+
+def unpacked(array, type):
+    """The numbers that the tensor has, once stored as that type."""
+    return gguf.quants.dequantize(as_blocks(array, type), gguf.GGMLQuantizationType[type])
+
+
+def int4_blocks(folder):
+    """A folder's int4 weights as Q4_0, codes and steps as they are -> {GGUF name: uint8 [rows, bytes]}. Of Gemma only.
+
+    A word has eight codes, the first lowest; of a Q4_0 block's 16 bytes the low halves are the first 16 codes.
+    """
+    found = {}
+    for path in Path(folder).glob("*.safetensors"):
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        for name in [name for name in header if name.endswith("weight_packed")]:
+            packed, scale = (
+                np.frombuffer(data[8 + length :][slice(*header[n]["data_offsets"])], kind).reshape(header[n]["shape"])
+                for n, kind in ((name, "<u4"), (name.replace("_packed", "_scale"), "<u2"))
+            )
+            codes = (packed[..., None] >> 4 * np.arange(8, dtype=np.uint32) & 15).astype(np.uint8)
+            codes = codes.reshape(*scale.shape, 2, 16)
+            steps = bfloat16_value(scale).astype(np.float16)
+            assert np.array_equal(steps, bfloat16_value(scale)), "steps that float16 does not have"
+            halves = codes[..., 0, :] | codes[..., 1, :] << 4
+            blocks_ = np.concatenate([steps[..., None].view(np.uint8), halves], axis=-1)
+            found[name.removesuffix("_packed").replace("language_model.", "")] = blocks_.reshape(len(packed), -1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA4, 64)
+    return {names.get_name(name, try_suffixes=(".weight",)): data for name, data in found.items()}
+
+
+# Both heads in one file, as a branch of Ollama writes them
+
+
+def two_heads(assistant, **changes):
+    """Options of write_gguf for a target: the assistant in that folder is in its file. changes: of the draft's keys."""
+    config, published = read_folder(assistant)
+    text, tensors = text_of(config), converted(config, published, "fork")
+    del tensors["rope_freqs.weight"]
+    keys = {
+        "block_count": text["num_hidden_layers"],
+        "embedding_length": text["hidden_size"],
+        "attention.head_count": text["num_attention_heads"],
+        "attention.key_length_swa": text["head_dim"],
+        "attention.value_length_swa": text["head_dim"],
+        "attention.key_length": full_head_dim(text),
+        "attention.value_length": full_head_dim(text),
+        "attention.layer_norm_rms_epsilon": text["rms_norm_eps"],
+        "feed_forward_length": text["intermediate_size"],
+        "attention.sliding_window_pattern": [kind == SLIDING for kind in text["layer_types"]],
+        "rope.freq_base": text["rope_parameters"][FULL]["rope_theta"],
+        "rope.dimension_count": int(full_head_dim(text) * text["rope_parameters"][FULL]["partial_rotary_factor"]),
+        "rope.freq_base_swa": text["rope_parameters"][SLIDING]["rope_theta"],
+        "use_ordered_embeddings": bool(config.get("use_ordered_embeddings")),
+        "num_centroids": config["num_centroids"],
+        "centroid_intermediate_top_k": config["centroid_intermediate_top_k"],
+    } | changes
+
+    def add_keys(writer):
+        writer.add_string("tokenizer.ggml.pre", "gemma4")
+        writer.kv_data[0]["tokenizer.ggml.model"] = gguf.GGUFValue("llama", gguf.GGUFValueType.STRING)
+        writer.add_uint32("gemma4.vision.block_count", 1)
+        for key, value in keys.items():
+            if value is not None:
+                writer.add_key_value(f"gemma4.draft.{key}", value, gguf.GGUFValueType.get_type(value))
+
+    def add_tensors(target):
+        for name, array in tensors.items():
+            target[f"draft.{name.removeprefix('mtp.')}"] = array
+        target["v.blk.0.attn_q.weight"] = np.ones((4, 4), np.float32)
+
+    return dict(extra=add_keys, edit=add_tensors)
 
 
 def write_sparse(path, config, shapes, start=(), extra=None):

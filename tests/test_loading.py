@@ -29,6 +29,7 @@ from random_models import (
 import minimtp
 from minimtp.checkpoint import DTYPES
 from minimtp.loading import bundled
+from minimtp.parameters import notes
 
 SIZES = dict(
     layer_types=layers("ssf"), hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
@@ -242,15 +243,22 @@ def test_other_spellings_of_the_names(plain, prefix):
 
 
 @pytest.mark.parametrize("layout", ["nested", "bare"])
-def test_a_second_copy_of_the_tied_head_is_accepted_and_another_head_is_not(tmp_path, layout):
+def test_a_second_copy_of_the_tied_head_is_read_once_and_another_head_is_used(tmp_path, layout):
+    """As transformers does, which warns of the other one."""
     write_target(tmp_path / "model", 1, **SIZES, layout=layout, store_lm_head=True)
     write_target(tmp_path / "tied", 1, **SIZES, layout=layout)
-    assert same_model(minimtp.load(tmp_path / "model"), minimtp.load(tmp_path / "tied"))
+    copied, tied = minimtp.load(tmp_path / "model"), minimtp.load(tmp_path / "tied")
+    assert same_model(copied, tied) and copied.params.lm_head is copied.params.embed_tokens
+    assert "a copy of the embedding" in notes(copied.checkpoint, copied.family, copied.config)[0]
+    assert not notes(tied.checkpoint, tied.family, tied.config)
 
     def another(tensors):
         tensors["lm_head.weight"][1][-1, -1] += 1
 
-    refused("'lm_head.weight'", minimtp.load, edit_tensors(tmp_path / "model", another))
+    other = minimtp.load(edit_tensors(tmp_path / "model", another))
+    differs_V = (logits(other) != logits(tied)).any(0)
+    assert differs_V[-1] and not differs_V[:-1].any()
+    assert "not the embedding, and used" in notes(other.checkpoint, other.family, other.config)[0]
 
 
 def test_an_untied_head_is_the_one_that_is_used(tmp_path):
@@ -482,9 +490,12 @@ WRONG_INT4 = {
     "packed without config": (field("quantization_config", DELETED), "no quantization_config"),
     "packed quantization method": (field("quantization_config.quant_method", "gptq"), "quant_method is 'gptq'"),
     "packed quantization format": (field("quantization_config.format", "int-quantized"), "format is 'int-quantized'"),
-    "packed group size": (field("quantization_config.config_groups.group_0.weights.group_size", 128), "group_size"),
-    "packed 8 bits": (field("quantization_config.config_groups.group_0.weights.num_bits", 8), "num_bits is 8"),
-    "packed asymmetric": (field("quantization_config.config_groups.group_0.weights.symmetric", False), "symmetric"),
+    "packed group size": (field("quantization_config.config_groups.group_0.weights.group_size", 128),
+                          "not groups of 128 .4 bits in groups of 128, quantization_config.config_groups.'group_0'"),
+    "packed 8 bits": (field("quantization_config.config_groups.group_0.weights.num_bits", 8),
+                      "weight_packed' is I32 .* .8 bits in groups of 32, quantization_config.config_groups.'group_0'"),
+    "packed asymmetric": (field("quantization_config.config_groups.group_0.weights.symmetric", False),
+                          "weight_zero_point' is missing"),
     "packed KV quantized": (field("quantization_config.kv_cache_scheme", {"num_bits": 8}), "kv_cache_scheme"),
 }  # fmt: skip
 SLIDING, FULL = "rope_parameters.sliding_attention", "rope_parameters.full_attention"

@@ -13,10 +13,10 @@ import minimtp
 
 PACKAGE = Path(minimtp.__file__).parent
 PROJECT = PACKAGE.parent
-ORDER = ["backend", "checkpoint", "config", "quant", "ggml", "formats", "gguf_file", "gguf_text", "gguf_model",
-         "layers", "cache", "gemma4", "gemma4_assistant", "qwen35", "qwen35_mtp", "sampling", "drafting", "text",
-         "memory", "parameters", "loading", "convert", "synth", "lattice", "acceptance", "generate", "bench", "chat",
-         "oracle", "cli"]  # fmt: skip
+ORDER = ["backend", "checkpoint", "config", "quant", "ggml", "mobile", "formats", "gguf_file", "gguf_text",
+         "gguf_model", "gguf_write", "layers", "cache", "gemma4", "gemma4_assistant", "qwen35", "qwen35_mtp",
+         "sampling", "drafting", "text", "memory", "parameters", "loading", "lattice", "lattice_report", "encode",
+         "convert", "synth", "acceptance", "generate", "bench", "chat", "oracle", "cli"]  # fmt: skip
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 MODULES = [name for name in SOURCES if not name.startswith("__")]
 
