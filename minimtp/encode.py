@@ -20,10 +20,7 @@ from .quant import Plain, Quantized, pack, pack_codes
 GROUP, BLOCK = 32, 1 << 18  # weights converted at a time
 CORES = os.cpu_count()
 TYPES_OF_STEPS = {np.float16: "F16", np.float32: "F32"}
-EMPTY = {
-    np.float16: 0.0,
-    np.float32: float(np.finfo(np.float32).eps),
-}  # the step of a group of zeros, as others have it
+EMPTY = {np.float16: 0.0, np.float32: float(np.finfo(np.float32).eps)}  # the step of a group of zeros, as others do
 
 
 @dataclass(kw_only=True)

@@ -16,12 +16,13 @@ import numpy as np
 
 from . import gemma4, gemma4_assistant, qwen35, qwen35_mtp
 from .checkpoint import DTYPES, CheckpointError, float_to_bf16, read_json
-from .convert import Source, write_checkpoint
+from .convert import write_checkpoint
 from .ggml import TYPES, Blocks
 from .gguf_write import FILE_TYPES
 from .loading import open_model, parse_model, published
 from .parameters import VECTORS
 from .quant import Plain, Quantized
+from .source import Source
 
 BUNDLED = {gemma4: "tiny-gemma4", gemma4_assistant: "tiny-gemma4-assistant", qwen35: "tiny-qwen35"}
 
@@ -189,7 +190,7 @@ def _as_stored(numbers, type):
 
 
 def make_source(raw, format, seed=0):
-    """A config.json -> convert.Source of random weights, for convert.write_checkpoint."""
+    """A config.json -> Source of random weights, for convert.write_checkpoint."""
     if format not in STORED:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(STORED)}")
     raw = {key: value for key, value in raw.items() if key != "quantization_config"} | {"dtype": "bfloat16"}

@@ -814,10 +814,54 @@ def test_bench_without_drafts_and_with_a_text_of_ones_own(cli, tmp_path):
     assert status == 0 and "drafted" not in report and report["plain"]["tokens"] == 22
 
 
+# Checkpoints in other formats
+
+
+def test_convert_says_what_it_rounded_and_lattice_says_what_is_qat(cli, tmp_path):
+    file, folder = tmp_path / "x.gguf", tmp_path / "bf16"
+    status, out, err = cli("convert", BUNDLED, file, "--to", "q4_0")
+    assert (status, err) == (0, "") and "33 Q4_0" in out and "0 rounded" in out and lines(out)[-1] == "not exact"
+    status, out, err = cli("convert", file, folder, "--to", "bf16", "--json")
+    assert (status, err) == (0, "") and len(lines(out)) == 1 and json.loads(out)["exact"] is False
+    status, out, err = cli("lattice", folder)
+    assert (status, err) == (0, "") and "QAT weights: all 33 lie on an int4 lattice" in out
+    status, out, _ = cli("lattice", BUNDLED + "-float", "--json")
+    assert status == 1 and json.loads(out)["qat"] is False
+    status, out, _ = cli("lattice", file, "--against", BUNDLED)
+    assert status == 0 and lines(out)[-1] == "the same weights"
+    status, out, _ = cli("lattice", folder, "--against", BUNDLED + "-float", "--json")
+    assert status == 1 and json.loads(out)["nearer"] == "a"
+    refusal(cli("lattice", BUNDLED), r"no bf16 weights of layers to examine \(33 int4\)")
+    refusal(cli("convert", BUNDLED, file, "--to", "f32"), "is already there")
+    refusal(cli("convert", BUNDLED, tmp_path / "y", "--to", "f32"), "f32 is written to a .gguf file")
+    refusal(cli("convert", BUNDLED, tmp_path / "y.gguf"), "--to")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.gguf", "bf16"}
+
+
+def test_synth_writes_what_its_configuration_says(cli, tmp_path):
+    config = bundled("tiny-qwen35") / "config.json"
+    status, out, err = cli("synth", tmp_path / "x", "--config", config, "--format", "q8_0", "--layers", "4")
+    assert (status, out) == (0, "") and "Q8_0" in err
+    status, out, err = cli("run", "x", "--model", tmp_path / "x", "-n", "4")
+    assert status == 0 and err.startswith("4 tokens")
+    refusal(cli("synth", tmp_path / "x", "--config", config), "already there")
+    refusal(cli("synth", tmp_path / "y", "--config", "gemma-5"), "gemma-5")
+    refusal(cli("synth", tmp_path / "y", "--config", config, "--layers", "3"), "3 layers would not keep the pattern")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_show_reports_what_a_file_holds(cli, tmp_path):
+    cli("convert", BUNDLED, tmp_path / "x.gguf", "--to", "q4_0")
+    report = json.loads(cli("show", tmp_path / "x.gguf", "--json")[1])
+    stored = report["stored_bytes"]
+    assert stored.keys() == {"F32", "Q4_0", "Q8_0", "total"} and stored["Q4_0"] == 56_832 * 18
+    assert 0 < (tmp_path / "x.gguf").stat().st_size - stored["total"] < 100_000
+
+
 # Help
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["chat"], ["show"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["chat"], ["show"], ["bench"], ["lattice"], ["convert"], ["synth"]])
 def test_help_goes_to_standard_output(cli, command):
     status, out, err = cli(*command, "--help")
     assert (status, err) == (0, "") and "minimtp" in out

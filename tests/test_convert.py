@@ -35,11 +35,12 @@ from minimtp.checkpoint import (
     read_safetensors,
     write_safetensors,
 )
-from minimtp.convert import Source, convert, open_source, write_checkpoint
+from minimtp.convert import convert, write_checkpoint
 from minimtp.ggml import Blocks
 from minimtp.gguf_model import open_gguf
 from minimtp.loading import bundled, open_model
 from minimtp.quant import Plain, Quantized, pack, pack_codes
+from minimtp.source import Source, open_source
 
 BUNDLED = ("tiny-gemma4", "tiny-gemma4-assistant", "tiny-qwen35")
 RANDOM = {
