@@ -12,6 +12,8 @@ every draft token and every outcome of its test.  Both see a point mass as the o
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -28,8 +30,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Rule:
+    """emits: the law of its output, "p", "argmax p" or "not p"; soft: whether it judges by draft.soft_KV, not q_KV."""
+
     accept: Callable
     law: Callable
+    emits: str = "p"
+    soft: bool = False
 
 
 def accept(rule, p_JV, draft, u_J, **parameters):
@@ -37,26 +43,38 @@ def accept(rule, p_JV, draft, u_J, **parameters):
 
     p_JV: laws [K + 1, V]; draft.q_KV: laws [K, V], or None for point masses (tokens drafted by argmax);
     u_J: K + 1 uniforms in [0, 1).  ValueError: a wrong shape, an entry that is no law (finite, >= 0, sum within 1e-6
-    of 1), a token outside the vocabulary or that its own q could not have drawn, an unknown rule or parameter.
+    of 1), a token outside the vocabulary or that its own q could not have drawn, an unknown rule or parameter, a
+    parameter out of its range, a draft without the soft laws that `hf-gemma4` looks at.
     """
-    accept_rule = _lookup(rule, parameters).accept
+    decide = decision(rule, p_JV, draft, **parameters)
+    K = len(draft.tokens)
+    u_J = np.asarray(u_J, dtype=np.float64)
+    if u_J.shape != (K + 1,) or not ((0 <= u_J) & (u_J < 1)).all():
+        raise ValueError(f"u_J is {u_J.tolist()}; wanted {K + 1} uniforms in [0, 1) for {K} draft tokens")
+    return decide(u_J)
+
+
+def decision(rule, p_JV, draft, **parameters):
+    """All of `accept` but the uniforms: a function u_J -> Verdict, which checks nothing more."""
+    found = _lookup(rule, parameters)
     tokens_K = np.asarray(draft.tokens).tolist()
     K = len(tokens_K)
     p_JV = _laws("p_JV", p_JV, (K + 1, None))
     V = p_JV.shape[1]
     for token in tokens_K:
         _check_token("a draft token", token, V)
-    q_KV = _drafter_laws(draft.q_KV, tokens_K, V)
-    u_J = np.asarray(u_J, dtype=np.float64)
-    if u_J.shape != (K + 1,) or not ((0 <= u_J) & (u_J < 1)).all():
-        raise ValueError(f"u_J is {u_J.tolist()}; wanted {K + 1} uniforms in [0, 1) for {K} draft tokens")
-    return accept_rule(p_JV, q_KV, tokens_K, u_J, **parameters)
+    name = "soft_KV" if found.soft else "q_KV"
+    if found.soft and draft.soft_KV is None and K:
+        raise ValueError(f"rule {rule!r} judges by draft.soft_KV, the drafter's soft law; this draft has none")
+    q_KV = _drafter_laws(name, getattr(draft, name), tokens_K, V)
+    return partial(found.accept, p_JV, q_KV, tokens_K, **parameters)
 
 
 def exact_law(rule, p_V, q, **parameters):
     """The law [V] of the first token that `rule` emits where the target's law is p_V, by enumeration.
 
-    q: the drafter's law [V], or a token id for a point mass.  A rule is lossless where this equals p_V.
+    q: the drafter's law [V], or a token id for a point mass.  A rule is lossless where this equals p_V.  `block` over
+    one draft token; `hf-gemma4` drafts the argmax of q.
     ValueError as in `accept`.
     """
     law_of_rule = _lookup(rule, parameters).law
@@ -117,10 +135,145 @@ def match_law(p_V, q_V):
     return q_V * p_V + (q_V.sum() - q_V) * p_V
 
 
+def block(p_JV, q_KV, tokens_K, u_J):
+    """Keep the longest prefix n with u[n - 1] < h(n), then draw from norm[rho(n) p - q]+: tests of a block as a whole.
+
+    Sun et al. 2403.10444, algorithm 2; vLLM's `block`.  rho(n) = min(1, rho(n - 1) p/q) is what the target leaves of
+    the first n tokens, and h(n) = S / (S + 1 - rho(n)) with S = sum [rho(n) p - q]+; after the last token h = rho.
+    """
+    rho, K = [1.0], len(tokens_K)
+    for j, token in enumerate(tokens_K):
+        rho.append(min(1.0, rho[j] * p_JV.item(j, token) / q_KV.item(j, token)))
+    if K == 0 or u_J[K - 1] < rho[K]:
+        return Verdict(K, draw(p_JV[K], u_J[-1]))
+    for n in range(K - 1, 0, -1):
+        spare = np.maximum(rho[n] * p_JV[n] - q_KV[n], 0).sum()
+        if u_J[n - 1] * (spare + 1 - rho[n]) < spare:
+            return Verdict(n, draw(residual(rho[n] * p_JV[n], q_KV[n]), u_J[-1]))
+    return Verdict(0, draw(residual(p_JV[0], q_KV[0]), u_J[-1]))
+
+
+def typical(p_JV, q_KV, tokens_K, u_J, *, epsilon=0.09, delta=0.3):
+    """Keep a draft token with p > min(epsilon, delta exp(-entropy of p)), else draw from p (Medusa, 2401.10774)."""
+    for j, token in enumerate(tokens_K):
+        if not p_JV[j, token] > typical_threshold(p_JV[j], epsilon, delta):
+            return Verdict(j, draw(p_JV[j], u_J[-1]))
+    return Verdict(len(tokens_K), draw(p_JV[-1], u_J[-1]))
+
+
+def typical_law(p_V, q_V, *, epsilon=0.09, delta=0.3):
+    """What is probable enough stands as drafted, the rest is drawn anew: neither part knows of p's proportions."""
+    kept_V = q_V * (p_V > typical_threshold(p_V, epsilon, delta))
+    return kept_V + (q_V - kept_V).sum() * p_V
+
+
+def typical_threshold(p_V, epsilon, delta):
+    some_N = p_V[p_V > 0]
+    return min(epsilon, delta * np.exp((some_N * np.log(some_N)).sum()))
+
+
+def ensemble(p_JV, q_KV, tokens_K, u_J, *, assistant_ensemble_weight=0.5):
+    """`rejection` with w p + (1 - w) q in p's place: keep with probability min(1, 1 - w + w p/q), else norm[p - q]+.
+
+    DIVERSED, 2604.07622; transformers' assistant_ensemble_weight, which has no default there.  The bonus is p's.
+    """
+    w = assistant_ensemble_weight
+    for j, token in enumerate(tokens_K):
+        if not u_J[j] < 1 - w + w * (p_JV.item(j, token) / q_KV.item(j, token)):
+            return Verdict(j, draw(residual(p_JV[j], q_KV[j]), u_J[-1]))
+    return Verdict(len(tokens_K), draw(p_JV[-1], u_J[-1]))
+
+
+def ensemble_law(p_V, q_V, *, assistant_ensemble_weight=0.5):
+    """min(q, w p + (1 - w) q) stands; the residual of the mixture against q is that of p against q."""
+    kept_V = np.minimum(q_V, assistant_ensemble_weight * p_V + (1 - assistant_ensemble_weight) * q_V)
+    return kept_V + (q_V - kept_V).sum() * residual(p_V, q_V)
+
+
+def threshold(p_JV, q_KV, tokens_K, u_J, *, threshold_single=1.0, threshold_acc=1.0):
+    """Keep a draft token with p >= threshold_single, or with probability min(1, p / threshold_acc); else p without it.
+
+    SGLang's tree_speculative_sampling_target_only for one draft token a depth; it never looks at q.  Lossless only at
+    both defaults: then it is `rejection` for point masses.
+    """
+    for j, token in enumerate(tokens_K):
+        p = p_JV.item(j, token)
+        if not (p > 0 and (p >= threshold_single or u_J[j] < p / max(threshold_acc, 1e-9))):
+            return Verdict(j, draw(residual(p_JV[j], one_hot(token, p_JV.shape[1])), u_J[-1]))
+    return Verdict(len(tokens_K), draw(p_JV[-1], u_J[-1]))
+
+
+def threshold_law(p_V, q_V, *, threshold_single=1.0, threshold_acc=1.0):
+    """A draft token that falls, d, leaves p(t) / (1 - p(d)) to every other token t."""
+    sure_V = (p_V > 0) & (p_V >= threshold_single)
+    kept_V = q_V * np.where(sure_V, 1, np.minimum(1, p_V / max(threshold_acc, 1e-9)))
+    fallen_V = (q_V - kept_V) / np.where(p_V < 1, 1 - p_V, 1)
+    return kept_V + (fallen_V.sum() - fallen_V) * p_V
+
+
+def relaxed(p_JV, q_KV, tokens_K, u_J, *, relaxed_topk=1, relaxed_delta=0.0):
+    """Keep a draft token among p's relaxed_topk with p >= max p - relaxed_delta, else draw from p.
+
+    TensorRT-LLM's use_relaxed_acceptance_for_thinking, at its defaults; of equals the lowest ids are the top.
+    """
+    for j, token in enumerate(tokens_K):
+        if not relaxed_candidates(p_JV[j], relaxed_topk, relaxed_delta)[token]:
+            return Verdict(j, draw(p_JV[j], u_J[-1]))
+    return Verdict(len(tokens_K), draw(p_JV[-1], u_J[-1]))
+
+
+def relaxed_law(p_V, q_V, *, relaxed_topk=1, relaxed_delta=0.0):
+    """As `typical`, with another set of tokens that stand."""
+    kept_V = q_V * relaxed_candidates(p_V, relaxed_topk, relaxed_delta)
+    return kept_V + (q_V - kept_V).sum() * p_V
+
+
+def relaxed_candidates(p_V, topk, delta):
+    """True where a draft token would stand."""
+    last = np.partition(p_V, -min(topk, len(p_V)))[-min(topk, len(p_V))]
+    stands_V = p_V > last
+    stands_V[np.flatnonzero(p_V == last)[: topk - np.count_nonzero(stands_V)]] = True
+    return stands_V & (p_V >= p_V.max() - delta)
+
+
+def hf_gemma4(p_JV, soft_KV, tokens_K, u_J):
+    """An exhibit: argmax drafts judged as if they had been drawn from the drafter's soft law.
+
+    transformers 5.8 to 5.23, SinglePositionMultiTokenCandidateGenerator with _speculative_sampling (issue 47932), whose
+    test is u <= p/q, so that u = 0 keeps even an impossible token.
+    """
+    for j, token in enumerate(tokens_K):
+        if not u_J[j] <= p_JV.item(j, token) / soft_KV.item(j, token):
+            return Verdict(j, draw(residual(p_JV[j], soft_KV[j]), u_J[-1]))
+    return Verdict(len(tokens_K), draw(p_JV[-1], u_J[-1]))
+
+
+def hf_gemma4_law(p_V, soft_V):
+    """All that `rejection` keeps of many drafts falls to one token: the better the drafter, the greedier the output."""
+    best = int(soft_V.argmax())
+    keep = min(1, p_V.item(best) / soft_V.item(best))
+    return keep * one_hot(best, len(p_V)) + (1 - keep) * residual(p_V, soft_V)
+
+
 RULES = {
-    "greedy": Rule(greedy, greedy_law),
+    "greedy": Rule(greedy, greedy_law, "argmax p"),
     "rejection": Rule(rejection, rejection_law),
     "match": Rule(match, match_law),
+    "block": Rule(block, rejection_law),  # over one draft token the two rules are one
+    "typical": Rule(typical, typical_law, "not p"),
+    "ensemble": Rule(ensemble, ensemble_law, "not p"),
+    "threshold": Rule(threshold, threshold_law, "not p"),
+    "relaxed": Rule(relaxed, relaxed_law, "not p"),
+    "hf-gemma4": Rule(hf_gemma4, hf_gemma4_law, "not p", soft=True),
+}
+PARAMETERS = {  # kind, least and most
+    "epsilon": (Real, 0, 1),
+    "delta": (Real, 0, np.inf),
+    "assistant_ensemble_weight": (Real, 0, 1),
+    "threshold_single": (Real, 0, 1),
+    "threshold_acc": (Real, 0, 1),
+    "relaxed_topk": (Integral, 1, np.inf),
+    "relaxed_delta": (Real, 0, 1),
 }
 
 
@@ -146,25 +299,28 @@ def one_hot(token, V):
 def _lookup(rule, parameters):
     if rule not in RULES:
         raise ValueError(f"unknown acceptance rule {rule!r}; known: {', '.join(RULES)}")
-    if parameters:
-        known = list(inspect.signature(RULES[rule].law).parameters)[2:]
-        unknown = [name for name in parameters if name not in known]
-        if unknown:
-            raise ValueError(f"rule {rule!r} has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    known = list(inspect.signature(RULES[rule].law).parameters)[2:] if parameters else []
+    for name, value in parameters.items():
+        if name not in known:
+            raise ValueError(f"rule {rule!r} has no parameter {name!r}; it has {', '.join(known) or 'none'}")
+        kind, least, most = PARAMETERS.get(name, (Real, -np.inf, np.inf))
+        if not (isinstance(value, kind) and least <= value <= most):
+            wanted = "an integer" if kind is Integral else "a number"
+            raise ValueError(f"{name} is {value!r}; wanted {wanted} in [{least}, {most}]")
     return RULES[rule]
 
 
-def _drafter_laws(q_KV, tokens_K, V):
+def _drafter_laws(name, q_KV, tokens_K, V):
     """q_KV checked, or the one-hot rows of a point-mass draft."""
     K = len(tokens_K)
     if q_KV is None or K == 0:
         q_KV = np.zeros((K, V))  # zeroed lazily by the system: a row costs nothing until it is used
         q_KV[np.arange(K), tokens_K] = 1
         return q_KV
-    q_KV = _laws("q_KV", q_KV, (K, V))
+    q_KV = _laws(name, q_KV, (K, V))
     for j, token in enumerate(tokens_K):
         if q_KV[j, token] == 0:
-            raise ValueError(f"draft token {j} is {token}, but its law q_KV[{j}] gives it no probability")
+            raise ValueError(f"draft token {j} is {token}, but its law {name}[{j}] gives it no probability")
     return q_KV
 
 

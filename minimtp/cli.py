@@ -8,24 +8,16 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
-from . import __version__, lattice_report, memory, qwen35_mtp
+from . import __version__, cli_files, cli_oracle, memory, qwen35_mtp
 from .acceptance import RULES
 from .bench import measure, summarize
 from .chat import Conversation
-from .checkpoint import CheckpointError
-from .convert import FORMATS, convert
+from .cli_common import BUNDLED, CHECKPOINT, checked_text, load_pair, loader_options, read_prompt, standard_input
 from .generate import generate
-from .loading import bundled, find_drafter, load, load_drafter, open_model, published_config
+from .loading import bundled, open_model, published_config
 from .parameters import notes
 from .sampling import Sampling, recommended
-from .synth import synthesize
 from .text import ChatTemplateError
-
-BUNDLED = "tiny-gemma4"
-CHECKPOINT = "checkpoint folder, GGUF file, or a bundled model"
-PROMPT = "ROMEO:\n"  # what the bundled model is asked to continue where no prompt is given
 
 
 def main(argv=None):
@@ -79,13 +71,9 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"minimtp {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--draft", default="auto", help="auto, none, lookup (prompt lookup), or a drafter's path")
+    model = argparse.ArgumentParser(add_help=False, parents=[loader_options()])
     model.add_argument("-k", "--num-draft", type=int, default=4, metavar="K", help="tokens drafted a round (4)")
     model.add_argument("-n", "--max-new-tokens", type=int, metavar="N", help="tokens at most (128; chat 1024)")
-    model.add_argument("--backend", choices=("numpy", "cupy"), default="numpy")
-    model.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    model.add_argument("--keep", choices=("auto", "packed", "dense"), default="auto", help="weights in memory")
 
     sampler = argparse.ArgumentParser(add_help=False)
     sampler.add_argument("--model", default=BUNDLED, help=f"{CHECKPOINT} ({BUNDLED})")
@@ -124,41 +112,9 @@ def _parser():
     bench.add_argument("--prompt-tokens", type=int, default=64, metavar="T", help="tokens of each prompt (64)")
     bench.add_argument("--json", action="store_true", help="one line of JSON")
 
-    lattice = commands.add_parser("lattice", help="are weights int4 QAT weights; which of two checkpoints has them")
-    lattice.set_defaults(command=lattice_command)
-    lattice.add_argument("model", help=CHECKPOINT)
-    lattice.add_argument("--against", metavar="PATH", help="compare with this one, in any of the formats")
-    lattice.add_argument("--json", action="store_true")
-
-    convert_ = commands.add_parser("convert", help="write a checkpoint in another format, and say what was rounded")
-    convert_.set_defaults(command=convert_command)
-    convert_.add_argument("source", help=CHECKPOINT)
-    convert_.add_argument("destination", help="a new .gguf file (f32, q8_0, q4_0), else a new folder")
-    convert_.add_argument("--to", required=True, choices=FORMATS)
-    convert_.add_argument("--json", action="store_true")
-
-    synth = commands.add_parser("synth", help="write a random checkpoint of any size, for memory and speed")
-    synth.set_defaults(command=synth_command)
-    synth.add_argument("destination", help="a new folder; for f32, q8_0 and q4_0 perhaps a new .gguf file")
-    synth.add_argument("--config", required=True, metavar="NAME", help="a published configuration, or a config.json")
-    synth.add_argument("--layers", type=int, metavar="N", help="its first N, whole periods of the pattern (all)")
-    synth.add_argument("--format", choices=FORMATS, default="bf16")
-    synth.add_argument("--seed", type=int, default=0)
-    synth.add_argument("--json", action="store_true")
+    cli_files.add_commands(commands)
+    cli_oracle.add_commands(commands)
     return parser
-
-
-def _load(arguments):
-    """The target, which must have a tokenizer, and its drafter, or None where there is none."""
-    target = load(arguments.model, arguments.backend, arguments.dtype, arguments.keep)
-    if target.tokenizer is None:
-        raise CheckpointError(f"{target.folder} has no tokenizer")
-    if arguments.draft == "none":
-        return target, None
-    if arguments.draft == "auto" and find_drafter(target) is None:
-        print(f"no drafter in or beside {target.folder} (--draft PATH names one): one token a pass", file=sys.stderr)
-        return target, None
-    return target, load_drafter(arguments.draft, target, arguments.keep)
 
 
 def _length(arguments, default):
@@ -172,6 +128,7 @@ def _generation(arguments, drafter, sampling, target, length):
         "num_draft": arguments.num_draft,
         "rule": arguments.rule,
         "sampling": sampling,
+        "draft_sampling": Sampling(temperature=0.0) if RULES[arguments.rule].soft else None,
         "max_new_tokens": _length(arguments, length),
         "stop": target.stop_ids,
         "seed": arguments.seed,
@@ -183,47 +140,17 @@ def _generation(arguments, drafter, sampling, target, length):
 
 def run_command(arguments):
     """Continue a prompt, streaming."""
-    prompt = _prompt(arguments)
-    target, drafter = _load(arguments)
+    prompt = read_prompt(arguments)
+    target, drafter = load_pair(arguments, RULES[arguments.rule].soft)
     never = target.generation_config.get("suppress_tokens", ())
     sampling = Sampling(arguments.temp or 0.0, arguments.top_k, arguments.top_p, arguments.min_p, never)
     options = _generation(arguments, drafter, sampling, target, length=128)
     _show_steps(generate(target, target.tokenizer.encode(prompt), **options), target.tokenizer, arguments)
 
 
-def _prompt(arguments):
-    prompt = arguments.prompt
-    if prompt is None and arguments.model != BUNDLED:
-        raise ValueError("no prompt: give one, or - to read standard input")
-    if prompt == "-":
-        prompt = _standard_input().read()
-    if prompt == "":
-        raise ValueError("the prompt is empty")
-    if prompt is None:
-        print(f"prompt: {json.dumps(PROMPT)}", file=sys.stderr)
-    return PROMPT if prompt is None else _checked_text(prompt, "the prompt")
-
-
-def _standard_input():
-    if sys.stdin is None:
-        raise ValueError("there is no standard input")
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    return sys.stdin
-
-
-def _checked_text(text, name):
-    """The text, if all of it was UTF-8 (Python smuggles other bytes through as lone surrogates)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} is not UTF-8 text") from None
-    return text
-
-
 def chat_command(arguments):
     """Answer what is typed (or piped in), line by line, until the end of input."""
-    target, drafter = _load(arguments)
+    target, drafter = load_pair(arguments, RULES[arguments.rule].soft)
     asked = {
         "temperature": arguments.temp,
         "top_k": arguments.top_k,
@@ -236,7 +163,7 @@ def chat_command(arguments):
     thinking = {} if arguments.think is None else {"enable_thinking": arguments.think}
     conversation = Conversation(target, arguments.system, **thinking)
     options = _generation(arguments, drafter, sampling, target, length=1024)
-    lines, status = _standard_input(), 0
+    lines, status = standard_input(), 0
     while (line := _read_line(lines)) not in (None, "/exit"):
         if line == "/reset":
             conversation.reset()
@@ -259,7 +186,7 @@ def _read_line(lines):
     if lines.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     line = lines.readline()
-    return _checked_text(line, "standard input").strip() if line else None
+    return checked_text(line, "standard input").strip() if line else None
 
 
 def _show_steps(steps, tokenizer, arguments):
@@ -387,7 +314,7 @@ def show_command(arguments):
 
 def bench_command(arguments):
     """Measure decoding on pieces of a text."""
-    target, drafter = _load(arguments)
+    target, drafter = load_pair(arguments)
     prompts = _pieces(arguments, target.tokenizer)
     report = measure(target, drafter, prompts, arguments.num_draft, _length(arguments, 128))
     print(json.dumps(report, indent=None if arguments.json else 2))
@@ -398,53 +325,8 @@ def _pieces(arguments, tokenizer):
     """Evenly spaced pieces of a text, each of as many tokens."""
     path, size = Path(arguments.text) if arguments.text else bundled("heldout.txt"), arguments.prompt_tokens
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    ids = tokenizer.encode(_checked_text(text, path), special=False)
+    ids = tokenizer.encode(checked_text(text, path), special=False)
     if arguments.prompts < 1 or size < 1 or len(ids) < arguments.prompts * size:
         raise ValueError(f"{path} has {len(ids)} tokens, too few for {arguments.prompts} prompts of {size}")
     stride = len(ids) // arguments.prompts
     return [ids[i * stride : i * stride + size] for i in range(arguments.prompts)]
-
-
-# checkpoints in other formats
-
-
-def lattice_command(arguments):
-    """Say whether a checkpoint holds int4 QAT weights, or which of two does."""
-    with _progress("weights") as bar:
-        if arguments.against:
-            report = lattice_report.compare(arguments.model, arguments.against, lambda row: bar.update())
-        else:
-            report = lattice_report.examine(arguments.model, lambda row: bar.update())
-    print(json.dumps(report) if arguments.json else lattice_report.report_text(report))
-    return 0 if report["same" if arguments.against else "qat"] else 1
-
-
-def convert_command(arguments):
-    """Write a checkpoint in another format."""
-    with _progress("B") as bar:
-        report = convert(arguments.source, arguments.destination, arguments.to, _counting(bar))
-    print(json.dumps(report.as_dict()) if arguments.json else report.text())
-
-
-def synth_command(arguments):
-    """Write a random checkpoint."""
-    with _progress("B") as bar:
-        options = arguments.format, arguments.layers, arguments.seed
-        report = synthesize(arguments.config, arguments.destination, *options, _counting(bar))
-    if arguments.json:
-        print(json.dumps(report.as_dict()))
-    else:
-        print(report.text().splitlines()[0], file=sys.stderr)
-
-
-def _progress(unit):
-    """A bar on standard error, if that is a terminal."""
-    return tqdm(unit=unit, unit_scale=True, leave=False, disable=not sys.stderr.isatty(), file=sys.stderr)
-
-
-def _counting(bar):
-    def progress(done, total):
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return progress

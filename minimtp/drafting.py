@@ -14,14 +14,14 @@ from . import gemma4, gemma4_assistant, qwen35, qwen35_mtp
 from .backend import to_host
 from .cache import CacheError
 from .layers import token_ids
-from .sampling import draw
+from .sampling import Sampling, draw
 
 
 @dataclass(frozen=True, eq=False)
 class Draft:
     """Draft tokens and their law: q_KV [K, V] that they were drawn from, or None for point masses (argmax drafts).
 
-    soft_KV: the drafter's soft law beside a point mass, for rules that look at it; none here does so yet.
+    soft_KV: the drafter's soft law beside a point mass; only the rule "hf-gemma4" looks at it.
     """
 
     tokens: tuple
@@ -64,7 +64,10 @@ def choose(logits_V, sampling, u=None):
 
 @dataclass(frozen=True, eq=False)
 class GemmaAssistant:
-    """Drafts with a Gemma 4 assistant. Reads nothing: its last new token and hidden state suffice."""
+    """Drafts with a Gemma 4 assistant. Reads nothing: its last new token and hidden state suffice.
+
+    soft: argmax drafts carry the softmax of the logits as well (Draft.soft_KV).
+    """
 
     params: object
     config: gemma4_assistant.Config
@@ -72,6 +75,7 @@ class GemmaAssistant:
     position: str = "bonus"
     window_edge: str = "inclusive"
     unchosen: str = "transformers"
+    soft: bool = False
 
     def __post_init__(self):
         _check_option("position", self.position, ("bonus", "committed"))
@@ -87,13 +91,14 @@ class GemmaAssistant:
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
         _check_inputs(self.target, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K)
-        token, hidden_D, tokens, laws = new_tokens_N[-1], hidden_ND[-1], [], []
+        token, hidden_D, tokens, laws, softs = new_tokens_N[-1], hidden_ND[-1], [], [], []
         for j in range(num_draft):
             logits_V, hidden_D = self.forward(token, hidden_D, cache)
             token, law_V = choose(logits_V, sampling, None if sampling.temperature == 0 else u_K[j])
             tokens.append(token)
             laws.append(law_V)
-        return _draft(tokens, laws)
+            softs += [Sampling().law(to_host(logits_V))] * self.soft
+        return _draft(tokens, laws, softs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,9 +164,9 @@ class MtpLayer:
         return out_ND
 
 
-def _draft(tokens, laws):
-    """The Draft of tokens and the laws they were drawn from (None where by argmax)."""
-    return Draft(tokens, None if not laws or laws[0] is None else np.stack(laws))
+def _draft(tokens, laws, softs=()):
+    """The Draft of tokens, the laws they were drawn from (None where by argmax), and the soft laws beside those."""
+    return Draft(tokens, None if not laws or laws[0] is None else np.stack(laws), np.stack(softs) if softs else None)
 
 
 def _check_option(name, value, known):

@@ -473,7 +473,7 @@ def test_interrupt_keeps_the_text_so_far(arguments):
         assert 1 <= int(CLOSING.fullmatch(closing + "\n")[1]) < 1900
 
 
-@pytest.mark.parametrize("where", ["load", "generate"])
+@pytest.mark.parametrize("where", ["load_pair", "generate"])
 def test_interrupt_before_the_first_token(cli, monkeypatch, where):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt

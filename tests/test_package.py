@@ -16,7 +16,9 @@ PROJECT = PACKAGE.parent
 ORDER = ["backend", "checkpoint", "config", "quant", "ggml", "mobile", "formats", "gguf_file", "gguf_text",
          "gguf_model", "gguf_write", "layers", "cache", "gemma4", "gemma4_assistant", "qwen35", "qwen35_mtp",
          "sampling", "drafting", "text", "memory", "parameters", "loading", "lattice", "lattice_report", "encode",
-         "source", "convert", "synth", "acceptance", "generate", "bench", "chat", "oracle", "cli"]  # fmt: skip
+         "source", "convert", "synth", "acceptance", "audit", "generate", "bench", "oracle_rules", "oracle_logits",
+         "oracle_cache", "oracle_drafter", "oracle", "expected", "golden", "server", "hf_check", "chat", "cli_common",
+         "cli_files", "cli_oracle", "cli"]  # fmt: skip
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 MODULES = [name for name in SOURCES if not name.startswith("__")]
 

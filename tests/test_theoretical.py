@@ -1,11 +1,9 @@
 """Losslessness, level one: a rule's exact output law equals the target's law p to 1e-12, by enumeration, no sampling.
 
-`emitted` integrates accept() over its uniforms: accept() is constant on each box between breakpoints (which is checked
-inside every box), so a sum over boxes is the exact law.  Rules that are wrong on purpose go through the same checks
-and must fail them.
+minimtp.audit integrates what a rule decides over its uniforms, which is exact because that changes at finitely many
+places.  Rules that are wrong on purpose go through the same checks and must fail them.
 """
 
-from collections import defaultdict
 from itertools import product
 from types import SimpleNamespace
 
@@ -14,18 +12,25 @@ import pytest
 
 from minimtp import acceptance
 from minimtp.acceptance import RULES, Rule, Verdict, accept, exact_law
+from minimtp.audit import (
+    SETTINGS,
+    block_law,
+    completed,
+    continuation,
+    emitted,
+    integrate,
+    tokens_per_round,
+    total_variation,
+)
 from minimtp.sampling import draw
 
-LOSSLESS = ["rejection", "match"]
+LOSSLESS = ["rejection", "match", "block", "threshold"]
+SET = [(rule, setting) for rule in RULES for setting in SETTINGS.get(rule, [{}])]
 A_P, A_Q = np.array([0.4, 0.3, 0.15, 0.1, 0.05]), np.array([0.5, 0.2, 0.15, 0.1, 0.05])  # a much used five-token case
 
 
-def draft_of(tokens, q_KV=None):
-    return SimpleNamespace(tokens=list(tokens), q_KV=q_KV, soft_KV=None)
-
-
-def total_variation(p, q):
-    return np.abs(np.asarray(p) - q).sum() / 2
+def draft_of(tokens, q_KV=None, soft_KV=None):
+    return SimpleNamespace(tokens=list(tokens), q_KV=q_KV, soft_KV=soft_KV)
 
 
 # --- laws to try ---
@@ -35,11 +40,11 @@ def one_hot(token, V):
     return np.eye(V)[token]
 
 
-def random_pairs(count, seed=0):
+def random_pairs(count, seed=0, largest=8):
     """(p, q): spread, peaked, one-hot, disjoint, equal, equal to rounding, and with entries down to 1e-300."""
     rng = np.random.default_rng(seed)
     for n in range(count):
-        V = int(rng.integers(2, 9))
+        V = int(rng.integers(2, largest + 1))
         p, q = (rng.dirichlet(np.full(V, rng.choice([0.05, 0.3, 1, 10]))) + 1e-300 for _ in "pq")
         kind = n % 8
         if kind == 1:
@@ -58,7 +63,7 @@ def random_pairs(count, seed=0):
         yield p / p.sum(), q / q.sum()
 
 
-def worst_gap(rule, count=4000):
+def worst_gap(rule, count=1500):
     """The largest |exact_law - p| over many dense drafters, and over every point mass for each p."""
     gap = 0
     for p, q in random_pairs(count):
@@ -67,58 +72,46 @@ def worst_gap(rule, count=4000):
     return gap
 
 
-# --- accept(), integrated over its uniforms ---
+# --- what accept() does, by audit's integration ---
 
 
-def breakpoints(rule, p_JV, q_KV, tokens):
-    """For each uniform, the places where accept() may change its mind (more than there are does no harm)."""
-
-    def cdf(r):
-        return np.cumsum(r) / max(np.sum(r), 1e-300)
-
-    if rule == "match":
-        return [cdf(p) for p in p_JV]
-    tests = [float(p[d]) / float(q[d]) for p, q, d in zip(p_JV, q_KV, tokens)]
-    return [tests] * len(tokens) + [
-        np.concatenate([cdf(p_JV[-1])] + [cdf(r) for p, q in zip(p_JV, q_KV) for r in (p, np.maximum(p - q, 0))])
-    ]
+def first_round(rule, p, q, drawn=None, **parameters):
+    """{emitted tokens: probability} of one draft token; q: a law, or a token id for a point mass."""
+    drawn = q.argmax() if RULES[rule].soft and drawn is None else drawn
+    return emitted(rule, lambda x: p, lambda x: q, 1, None if drawn is None else lambda x: drawn, **parameters)
 
 
-def cells(points):
-    """[0, 1) cut at the points; cells that only rounding made are left out."""
-    edges = np.unique(np.clip([0, 1, *points], 0, 1))
-    return [(a, b) for a, b in zip(edges, edges[1:]) if b - a > 1e-13]
-
-
-def emitted(rule, p_JV, draft):
-    """{verdict: probability}, over all uniforms."""
-    q_KV = [one_hot(d, len(p_JV[0])) for d in draft.tokens] if draft.q_KV is None else draft.q_KV
-    law = defaultdict(float)
-    for box in product(*map(cells, breakpoints(rule, p_JV, q_KV, draft.tokens))):
-        low, high = np.array(box).T
-        seen = {accept(rule, p_JV, draft, low + part * (high - low)) for part in (0.01, 0.5, 0.99)}
-        assert len(seen) == 1, f"{rule} changes its verdict inside the box {box}: {seen}"
-        law[seen.pop()] += (high - low).prod()
-    return law
-
-
-def first_token_law(rule, p, q, drawn=None, dense=True):
+def first_token_law(rule, p, q, drawn=None, **parameters):
     """Law of the first token that accept() emits, with the draft token drawn from `drawn` (q itself if honest)."""
-    law, drawn = np.zeros(len(p)), q if drawn is None else drawn
-    for d in np.flatnonzero(drawn):
-        for verdict, mass in emitted(rule, [p, p], draft_of([d], [q] if dense else None)).items():
-            law[d if verdict.accepted else verdict.token] += drawn[d] * mass
-    return law
+    return completed(first_round(rule, p, q, drawn, **parameters), lambda x: p, 2).sum(1)
 
 
-def acceptance_rate(rule, p, q, dense=True):
-    drawn = q if dense else one_hot(q.argmax(), len(q))
-    return sum(
-        drawn[d] * mass
-        for d in np.flatnonzero(drawn)
-        for verdict, mass in emitted(rule, [p, p], draft_of([d], [q] if dense else None)).items()
-        if verdict.accepted
-    )
+def acceptance_rate(rule, p, q):
+    return tokens_per_round(first_round(rule, p, q)) - 1
+
+
+@pytest.mark.parametrize("pieces", [1, 8])
+def test_integration_of_known_functions(pieces):
+    """Two tests and a draw from four tokens, one of them too rare for any grid; a uniform that is not looked at."""
+    p = np.array([0.3, 1e-9, 0.5, 0.2 - 1e-9])
+    law = integrate(lambda u: (int(u[0] < 0.25) + int(u[1] < 1e-5), draw(p, u[3])), 4, pieces)
+    some = np.convolve([0.75, 0.25], [1 - 1e-5, 1e-5])
+    assert law == pytest.approx({(n, t): some[n] * p[t] for n in range(3) for t in range(4)}, abs=1e-14)
+    assert sum(law.values()) == pytest.approx(1, abs=1e-15)
+
+
+def test_integration_of_a_function_whose_answers_come_back_needs_pieces():
+    def decide(u):
+        return 0, int(0.2 < u[0] < 0.4)
+
+    assert integrate(decide, 1) == {(0, 0): 1}
+    assert integrate(decide, 1, pieces=8) == pytest.approx({(0, 0): 0.8, (0, 1): 0.2})
+
+
+def test_integration_of_what_is_no_function():
+    noise = iter(np.random.RandomState(0).random_sample(1_000_000))
+    with pytest.raises(ValueError, match="more than 2,000 changes along one uniform"):
+        integrate(lambda u: next(noise), 1)
 
 
 # --- a target and a drafter with memory, for joint laws ---
@@ -134,28 +127,13 @@ def conditional_laws(rng, V, depth):
     }
 
 
-def continuation(P, prefix, n):
-    """Joint law of the n tokens after a prefix, by the chain rule."""
-    if n == 0:
-        return np.array(1.0)
-    return np.stack([p * continuation(P, prefix + (t,), n - 1) for t, p in enumerate(P[prefix])])
+def target_law(P, n):
+    return continuation(P.__getitem__, (), n)
 
 
 def joint_law(rule, P, Q, K, dense):
-    """Joint law of K + 1 tokens: one round of `rule`, shorter outputs completed from the target's own laws."""
-    V = len(P[()])
-    law = np.zeros((V,) * (K + 1))
-    for tokens in product(range(V), repeat=K):
-        prefixes = [tokens[:j] for j in range(K + 1)]
-        p_JV, q_KV = [P[x] for x in prefixes], [Q[x] for x in prefixes[:K]]
-        drawn_KV = q_KV if dense else [one_hot(q.argmax(), V) for q in q_KV]
-        chance = np.prod([q[t] for q, t in zip(drawn_KV, tokens)])
-        if chance == 0:
-            continue
-        for verdict, mass in emitted(rule, p_JV, draft_of(tokens, q_KV if dense else None)).items():
-            out = tokens[: verdict.accepted] + (verdict.token,)
-            law[out] += chance * mass * continuation(P, out, K + 1 - len(out))
-    return law
+    """As audit's, of languages that are tables; point masses: the argmax of Q."""
+    return block_law(rule, P.__getitem__, Q.__getitem__ if dense else lambda x: int(Q[x].argmax()), K)
 
 
 # --- wrong on purpose ---
@@ -180,17 +158,9 @@ def bonus_from_the_row_before(p_JV, q_KV, tokens_K, u_J):
     return RULES["rejection"].accept(np.stack([*p_JV[:-1], p_JV[-2]]), q_KV, tokens_K, u_J)
 
 
-def soft(p, q):
-    """transformers' rule for Gemma 4 drafts: the argmax of q, tested as if it had been drawn from q."""
-    d = q.argmax()
-    keep = min(1, p[d] / q[d])
-    return keep * one_hot(d, len(p)) + (1 - keep) * acceptance.residual(p, q)
-
-
 WRONG = {
     "accept always": Rule(always, lambda p, q: q),
     "correct from p": Rule(correct_from_p, lambda p, q: np.minimum(p, q) + (q - np.minimum(p, q)).sum() * p),
-    "greedy draft, soft q": Rule(acceptance.rejection, soft),
     "one test for all": Rule(one_test_for_all, acceptance.rejection_law),
     "bonus from the row before": Rule(bonus_from_the_row_before, acceptance.rejection_law),
 }
@@ -210,19 +180,17 @@ def test_a_lossless_rule_emits_the_targets_law(rule):
     assert worst_gap(rule) < 1e-12
 
 
-@pytest.mark.parametrize("rule", ["accept always", "correct from p", "greedy draft, soft q"])
+@pytest.mark.parametrize("rule", ["accept always", "correct from p", "hf-gemma4", "typical", "ensemble", "relaxed"])
 def test_a_wrong_rule_fails_that_check(rule):
     assert worst_gap(rule, 200) > 0.1
 
 
-@pytest.mark.parametrize("rule", ["greedy", *LOSSLESS, "accept always", "correct from p"])
-def test_exact_law_is_what_accept_does(rule):
-    for p, q in random_pairs(80, seed=1):
-        np.testing.assert_allclose(first_token_law(rule, p, q), exact_law(rule, p, q), rtol=0, atol=2e-12)
-        d = int(q.argmax())
-        np.testing.assert_allclose(
-            first_token_law(rule, p, one_hot(d, len(p)), dense=False), exact_law(rule, p, d), rtol=0, atol=2e-12
-        )
+@pytest.mark.parametrize("rule, setting", [*SET, ("accept always", {}), ("correct from p", {})])
+def test_exact_law_is_what_accept_does(rule, setting):
+    for p, q in random_pairs(16, seed=1, largest=4):
+        for drafter in (q,) if RULES.get(rule) and RULES[rule].soft else (q, int(q.argmax())):
+            did, law = first_token_law(rule, p, drafter, **setting), exact_law(rule, p, drafter, **setting)
+            np.testing.assert_allclose(did, law, rtol=0, atol=2e-12)
 
 
 def test_an_exact_law_follows_its_rule(monkeypatch):
@@ -254,21 +222,21 @@ def test_greedy_emits_the_argmax_first_of_equals():
 # --- blocks ---
 
 
-@pytest.mark.parametrize("K, cases", [(0, 5), (1, 20), (2, 6), (3, 1)])
+@pytest.mark.parametrize("K, cases", [(0, 5), (1, 10), (2, 3), (3, 1), (4, 1)])
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "point mass"])
 @pytest.mark.parametrize("rule", LOSSLESS)
 def test_a_round_keeps_the_joint_law(rule, dense, K, cases):
     rng = np.random.default_rng(K)
     for _ in range(cases):
-        P, Q = conditional_laws(rng, 3, K + 1), conditional_laws(rng, 3, K + 1)
-        np.testing.assert_allclose(joint_law(rule, P, Q, K, dense), continuation(P, (), K + 1), rtol=0, atol=1e-12)
+        P, Q = conditional_laws(rng, 3 - K // 4, K + 1), conditional_laws(rng, 3 - K // 4, K + 1)
+        np.testing.assert_allclose(joint_law(rule, P, Q, K, dense), target_law(P, K + 1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", ["accept always", "correct from p", "one test for all", "bonus from the row before"])
 def test_a_wrong_rule_bends_the_joint_law(rule):
     rng = np.random.default_rng(4)
     P, Q = conditional_laws(rng, 3, 3), conditional_laws(rng, 3, 3)
-    assert total_variation(joint_law(rule, P, Q, 2, True).ravel(), continuation(P, (), 3).ravel()) > 0.02
+    assert total_variation(joint_law(rule, P, Q, 2, True).ravel(), target_law(P, 3).ravel()) > 0.02
 
 
 # --- how callers get it wrong, with the rules themselves right ---
@@ -283,7 +251,7 @@ def test_an_argmax_draft_judged_by_its_soft_law_bends_the_law(p, q, gap):
     """The defect of transformers issue 47932: the better the drafter, the greedier the output."""
     p, q = np.array(p), np.array(q)
     law = first_token_law("rejection", p, q, drawn=one_hot(q.argmax(), 5))
-    np.testing.assert_allclose(law, soft(p, q), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(law, exact_law("hf-gemma4", p, q), rtol=0, atol=1e-12)
     assert total_variation(law, p) == pytest.approx(gap, abs=1e-12)
 
 
@@ -296,37 +264,20 @@ def test_a_law_reported_before_top_k_bends_the_law():
 
 def test_uniforms_shared_by_draft_and_test_bend_the_law():
     """One uniform for both, and here the output is the drafter's law; with separate ones it is the target's."""
-    law = np.zeros(5)
-    for (a, b), (c, e) in product(cells([*np.cumsum(A_Q), *A_P / A_Q]), cells(np.cumsum(A_P))):
-        u = [(a + b) / 2, (c + e) / 2]
+
+    def emit(u):
         d = draw(A_Q, u[0])
         verdict = accept("rejection", [A_P, A_P], draft_of([d], [A_Q]), u)
-        law[d if verdict.accepted else verdict.token] += (b - a) * (e - c)
+        return d if verdict.accepted else verdict.token
+
+    found = integrate(emit, 2, pieces=32)
+    law = np.array([found[token] for token in range(5)])
     assert total_variation(law, A_P) == pytest.approx(0.10, abs=1e-12)
     np.testing.assert_allclose(law, A_Q, rtol=0, atol=1e-12)
     np.testing.assert_allclose(first_token_law("rejection", A_P, A_Q), A_P, rtol=0, atol=1e-12)
 
 
 # --- known cases ---
-
-
-@pytest.mark.parametrize(
-    "draft, target, output",
-    [
-        ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]),
-        ([1, 2, 3], [1, 5, 3, 4], [1, 5]),
-        ([1, 2], [1, 2, 5], [1, 2, 5]),
-        ([3], [3, 4], [3, 4]),
-        ([], [5], [5]),
-        ([1, 2, 3], [0, 5, 0, 4], [0]),
-    ],
-)
-@pytest.mark.parametrize("rule", ["greedy", *LOSSLESS])
-def test_greedy_cases_of_vllm(rule, draft, target, output):
-    """vLLM, tests/v1/sample/test_rejection_sampler.py.  Where the target is certain, every rule does the same."""
-    verdict = accept(rule, np.eye(6)[target], draft_of(draft), np.full(len(target), 0.5))
-    assert verdict == Verdict(len(output) - 1, output[-1])
-    assert draft[: verdict.accepted] == output[:-1]
 
 
 @pytest.mark.parametrize(
@@ -339,9 +290,9 @@ def test_greedy_cases_of_vllm(rule, draft, target, output):
 )
 def test_published_acceptance_rates(p, q, dense, point):
     assert acceptance_rate("rejection", p, q) == pytest.approx(dense, abs=1e-12)
-    assert acceptance_rate("rejection", p, q, dense=False) == pytest.approx(point, abs=1e-12)
+    assert acceptance_rate("rejection", p, int(q.argmax())) == pytest.approx(point, abs=1e-12)
     assert acceptance_rate("match", p, q) == pytest.approx(p @ q, abs=1e-12)
-    assert acceptance_rate("match", p, q, dense=False) == pytest.approx(point, abs=1e-12)
+    assert acceptance_rate("match", p, int(q.argmax())) == pytest.approx(point, abs=1e-12)
 
 
 def test_residual():
@@ -364,7 +315,7 @@ def test_which_uniform_does_what():
     assert accept("match", [p, p, p], block, [0.3, 0.2, 0.3]) == Verdict(2, 1)
     assert accept("match", [p, p, p], block, [0.3, 0.3, 0.1]) == Verdict(1, 1)
     assert accept("match", [p, p, p], block, [0.2, 0.2, 0.9]) == Verdict(0, 0)
-    for rule in LOSSLESS:
+    for rule in {*RULES} - {"greedy", *WRONG}:
         assert [accept(rule, [p], draft_of([]), [u]).token for u in (0, 0.24, 0.25, 0.99)] == [0, 0, 1, 1]
 
 
@@ -396,6 +347,16 @@ def test_float32_laws_and_numpy_tokens_are_welcome_and_verdicts_are_plain():
     [
         ("unknown acceptance rule 'reject'; known: greedy, rejection, match", dict(rule="reject")),
         ("rule 'rejection' has no parameter 'epsilon'; it has none", dict(epsilon=0.1)),
+        ("rule 'typical' has no parameter 'w'; it has epsilon, delta", dict(rule="typical", w=0.1)),
+        (r"epsilon is 1.5; wanted a number in \[0, 1\]", dict(rule="typical", epsilon=1.5)),
+        (r"delta is nan; wanted a number in \[0, inf\]", dict(rule="typical", delta=np.nan)),
+        (r"assistant_ensemble_weight is -0.1; wanted", dict(rule="ensemble", assistant_ensemble_weight=-0.1)),
+        (r"threshold_acc is '1'; wanted a number in \[0, 1\]", dict(rule="threshold", threshold_acc="1")),
+        (r"threshold_single is 2; wanted a number in", dict(rule="threshold", threshold_single=2)),
+        (r"relaxed_topk is 1.5; wanted an integer in \[1, inf\]", dict(rule="relaxed", relaxed_topk=1.5)),
+        (r"relaxed_topk is 0; wanted an integer", dict(rule="relaxed", relaxed_topk=0)),
+        (r"relaxed_delta is -1; wanted a number in \[0, 1\]", dict(rule="relaxed", relaxed_delta=-1)),
+        ("rule 'hf-gemma4' judges by draft.soft_KV, .*; this draft has none", dict(rule="hf-gemma4")),
         (r"p_JV has shape \[3, 5\]; wanted \[2, V\]", dict(p=[A_P] * 3)),
         (r"p_JV has shape \[5\]; wanted \[2, V\]", dict(p=A_P)),
         (r"p_JV\[1\] is no law: least entry -0.1, sum 1; ", dict(p=[[0.5, 0.5], [1.1, -0.1]])),
@@ -441,6 +402,43 @@ def test_bad_input_to_accept_says_what_came_and_what_was_wanted(monkeypatch, sai
 def test_bad_input_to_exact_law(said, p, q):
     with pytest.raises(ValueError, match=said):
         exact_law("match", p, q)
+
+
+def test_hf_gemma4_looks_at_soft_laws_alone():
+    soft = draft_of([0], [[0.1, 0.2, 0.3, 0.2, 0.2]], [A_Q])
+    assert accept("hf-gemma4", [A_P, A_P], soft, [0.8, 0.5]).accepted == 1  # u <= .4/.5, of soft_KV
+    assert accept("hf-gemma4", [A_P, A_P], soft, [0.81, 0.5]) == Verdict(0, 1)
+    assert accept("rejection", [A_P, A_P], soft, [0.81, 0.5]).accepted == 1
+    assert accept("hf-gemma4", [A_P], draft_of([]), [0.5]) == Verdict(0, 1)
+    with pytest.raises(ValueError, match=r"soft_KV\[0\] is no law"):
+        accept("hf-gemma4", [A_P, A_P], draft_of([0], None, [A_Q * 2]), [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"draft token 0 is 1, but its law soft_KV\[0\] gives it no probability"):
+        accept("hf-gemma4", [A_P, A_P], draft_of([1], None, [one_hot(0, 5)]), [0.5, 0.5])
+
+
+@pytest.mark.parametrize("rule, setting", SET)
+def test_a_vocabulary_of_one_token(rule, setting):
+    np.testing.assert_array_equal(exact_law(rule, np.ones(1), 0, **setting), [1])
+    draft = draft_of([0, 0], None, np.ones((2, 1)))
+    assert accept(rule, np.ones((3, 1)), draft, [0.9] * 3, **setting) == Verdict(2, 0)
+
+
+def test_block_where_a_ratio_is_tiny_or_nothing_is_left():
+    """A prefix that the target would never draw leaves rho = 0, and a tiny q no overflow: the round starts anew."""
+    p, q = np.array([0.0, 1]), np.array([0.5, 0.5])
+    assert accept("block", [p, p, p], draft_of([0, 1], [q, q]), [0, 0, 0]) == Verdict(0, 1)
+    tiny = np.array([5e-324, 1])
+    with np.errstate(all="raise"):
+        assert accept("block", [q, q, q], draft_of([0, 0], [tiny, tiny]), [0.99, 0.99, 0]) == Verdict(2, 0)
+        assert accept("block", [p, q, q], draft_of([0, 0], [tiny, tiny]), [0, 0, 0]) == Verdict(0, 1)
+
+
+def test_block_looks_ahead():
+    """Two drafts that fall one by one may stand together: rho carries over what the first has to spare."""
+    p_JV, q_KV = [[0.9, 0.1], [0.2, 0.8], [1, 0]], [[0.3, 0.7], [0.8, 0.2]]
+    draft, u_J = draft_of([1, 1], q_KV), [0.5, 0.5, 0.5]
+    assert accept("rejection", p_JV, draft, u_J).accepted == 0  # 1/7 and 4
+    assert accept("block", p_JV, draft, u_J) == Verdict(2, 0)  # rho: 1/7, then 4/7
 
 
 def test_unknown_names_to_exact_law():

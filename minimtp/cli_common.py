@@ -1,0 +1,86 @@
+"""What several commands share: the model they load, the text they read, how far they are."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from .checkpoint import CheckpointError
+from .drafting import GemmaAssistant
+from .loading import find_drafter, load, load_drafter
+
+BUNDLED = "tiny-gemma4"
+CHECKPOINT = "checkpoint folder, GGUF file, or a bundled model"
+PROMPT = "ROMEO:\n"  # what the bundled model is asked to continue where no prompt is given
+
+
+def loader_options():
+    """Options of every command that loads a model and its drafter."""
+    loader = argparse.ArgumentParser(add_help=False)
+    loader.add_argument("--draft", default="auto", help="auto, none, lookup (prompt lookup), or a drafter's path")
+    loader.add_argument("--backend", choices=("numpy", "cupy"), default="numpy")
+    loader.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    loader.add_argument("--keep", choices=("auto", "packed", "dense"), default="auto", help="weights in memory")
+    return loader
+
+
+def load_pair(arguments, soft=False):
+    """The target, which must have a tokenizer, and its drafter, or None where there is none.
+
+    soft: drafts are to carry soft laws, if the drafter can.
+    """
+    target = load(arguments.model, arguments.backend, arguments.dtype, arguments.keep)
+    if target.tokenizer is None:
+        raise CheckpointError(f"{target.folder} has no tokenizer")
+    if arguments.draft == "none":
+        return target, None
+    if arguments.draft == "auto" and find_drafter(target) is None:
+        print(f"no drafter in or beside {target.folder} (--draft PATH names one): one token a pass", file=sys.stderr)
+        return target, None
+    drafter = load_drafter(arguments.draft, target, arguments.keep)
+    return target, replace(drafter, soft=True) if soft and isinstance(drafter, GemmaAssistant) else drafter
+
+
+def read_prompt(arguments):
+    prompt = arguments.prompt
+    if prompt is None and arguments.model != BUNDLED:
+        raise ValueError("no prompt: give one, or - to read standard input")
+    if prompt == "-":
+        prompt = standard_input().read()
+    if prompt == "":
+        raise ValueError("the prompt is empty")
+    if prompt is None:
+        print(f"prompt: {json.dumps(PROMPT)}", file=sys.stderr)
+    return PROMPT if prompt is None else checked_text(prompt, "the prompt")
+
+
+def standard_input():
+    if sys.stdin is None:
+        raise ValueError("there is no standard input")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
+
+
+def checked_text(text, name):
+    """The text, if all of it was UTF-8 (Python smuggles other bytes through as lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is not UTF-8 text") from None
+    return text
+
+
+def progress_bar(unit):
+    """A bar on standard error, if that is a terminal."""
+    return tqdm(unit=unit, unit_scale=True, leave=False, disable=not sys.stderr.isatty(), file=sys.stderr)
+
+
+def counting(bar):
+    def progress(done, total):
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return progress
