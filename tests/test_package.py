@@ -17,8 +17,8 @@ ORDER = ["backend", "checkpoint", "config", "quant", "ggml", "mobile", "formats"
          "gguf_model", "gguf_write", "layers", "cache", "gemma4", "gemma4_assistant", "qwen35", "qwen35_mtp",
          "sampling", "drafting", "text", "memory", "parameters", "loading", "lattice", "lattice_report", "encode",
          "source", "convert", "synth", "acceptance", "audit", "generate", "bench", "oracle_rules", "oracle_logits",
-         "oracle_cache", "oracle_drafter", "oracle", "expected", "golden", "server", "hf_check", "chat", "cli_common",
-         "cli_files", "cli_oracle", "cli"]  # fmt: skip
+         "oracle_cache", "oracle_drafter", "oracle", "expected", "golden", "server", "server_check",
+         "hf_check", "chat", "cli_common", "cli_files", "cli_oracle", "cli"]  # fmt: skip
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 MODULES = [name for name in SOURCES if not name.startswith("__")]
 
@@ -171,6 +171,7 @@ def test_all_names_what_is_there():
 
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "subprocess", "socket", "urllib",
                      "requests", "http"}  # fmt: skip
+ALLOWED = {"server": {"http.client", "urllib.error", "urllib.parse", "urllib.request"}}  # asks the server a user names
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 
 
@@ -191,7 +192,7 @@ def dangerous(tree):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_nothing_can_run_what_comes_with_data(name):
-    assert list(dangerous(SOURCES[name])) == []
+    assert set(dangerous(SOURCES[name])) <= ALLOWED.get(name, set())
 
 
 @pytest.mark.parametrize(
