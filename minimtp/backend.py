@@ -7,7 +7,6 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 ROWS = 16  # a pass of at most this many tokens computes every token by itself ("rows"); a wider one by GEMM
 TILE_BYTES = 1 << 20  # one tile of a weight, as float32: small enough to stay in cache while all tokens use it
@@ -32,6 +31,8 @@ def to_host(x):
 
 @cache
 def _blas():
+    from threadpoolctl import ThreadpoolController  # minimtp.oracle needs only NumPy
+
     return ThreadpoolController()
 
 

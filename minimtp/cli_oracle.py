@@ -5,13 +5,15 @@ import json
 import sys
 from pathlib import Path
 
-from . import expected, golden, server_check
+from . import expected, golden, hf_check, self_check, server_check
 from .acceptance import RULES
 from .audit import audit, audit_text
+from .checkpoint import CheckpointError
 from .cli_common import BUNDLED, checked_text, load_pair, loader_options, read_prompt
-from .loading import bundled, load, load_drafter
+from .loading import bundled, load, load_drafter, open_model
 from .oracle_logits import EPSILON
 from .sampling import Sampling
+from .text import load_tokenizer
 
 
 def add_commands(commands):
@@ -67,11 +69,16 @@ def add_commands(commands):
     what = check.add_mutually_exclusive_group(required=True)
     what.add_argument("--golden", metavar="DIR", help="a run of ours, as `golden` wrote it")
     what.add_argument("--server", metavar="URL", help="an engine that runs, with OpenAI's completions interface")
+    what.add_argument("--hf", metavar="MODEL", help="transformers on a checkpoint, layer by layer (needs minimtp[hf])")
+    what.add_argument("--self", action="store_true", help="whether the bits hold on this machine")
     check.add_argument("--against", metavar="FILE", help="another engine's logits, taps or decisions (safetensors)")
     check.add_argument("--precision", choices=tuple(EPSILON), help="what it computes in (how FILE stores it)")
     check.add_argument("--draft", help="the drafter, as elsewhere (the one that was recorded; auto)")
     check.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     check.add_argument("--json", action="store_true")
+    hf = check.add_argument_group("with --hf (MODEL for both, or another for ours)")
+    hf.add_argument("--text", help="file to read (the bundled held-out text)")
+    hf.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of it at most (64)")
     served = check.add_argument_group("with --server")
     served.add_argument("--plain-server", metavar="URL", help="the same engine, started without speculation")
     served.add_argument("--served-name", metavar="NAME", help="the model's name there (the first that it lists)")
@@ -145,9 +152,17 @@ def golden_command(arguments):
 
 def check_command(arguments):
     """Compare a run of ours or another engine's dump with a golden run, or a running engine with ours."""
-    report, text = _check_server(arguments) if arguments.server else _check_golden(arguments)
+    run = _check_hf if arguments.hf else _check_server if arguments.server else _check_golden
+    run = _check_self if arguments.self else run
+    report, text = run(arguments)
     print(json.dumps(report) if arguments.json else text)
     return 0 if report["passed"] else 1
+
+
+def _check_self(arguments):
+    checks = self_check.self_check()
+    report = {"passed": all(check["passed"] for check in checks), "checks": checks}
+    return report, self_check.report_text(checks)
 
 
 def _check_golden(arguments):
@@ -180,3 +195,17 @@ def _check_server(arguments):
     options = arguments.max_new_tokens, arguments.top, bits, arguments.num_draft, arguments.served_name
     report = server_check.check(targets, drafter, *urls, prompt, *options, arguments.timeout)
     return report, server_check.report_text(report, lambda id: json.dumps(target.tokenizer.decode([id], special=True)))
+
+
+def _check_hf(arguments):
+    checkpoint, _, config = open_model(arguments.hf, "target")
+    tokenizer = load_tokenizer(checkpoint, config.vocab_size)
+    if tokenizer is None:
+        raise CheckpointError(f"{checkpoint.folder} has no tokenizer")
+    if arguments.tokens < 1:
+        raise ValueError(f"--tokens is {arguments.tokens}, wanted 1 or more")
+    path = Path(arguments.text) if arguments.text else bundled("heldout.txt")
+    text = checked_text(path.read_text(encoding="utf-8", errors="surrogateescape"), path)
+    ids = tokenizer.encode(text)[: arguments.tokens]
+    report = hf_check.check(arguments.model or arguments.hf, ids, arguments.hf, arguments.draft or "auto")
+    return report, hf_check.report_text(report)

@@ -1,7 +1,5 @@
 """The tokenizer and the token ids that the metadata of a GGUF file describe."""
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
 from .checkpoint import CheckpointError, show
 from .gguf_file import Numbers, Texts
 
@@ -17,6 +15,8 @@ WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[%s]+|\p{N}| ?[^\s%s\p{
 
 
 def _gemma_bpe(vocabulary, merges, pre):
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -25,6 +25,8 @@ def _gemma_bpe(vocabulary, merges, pre):
 
 
 def _byte_bpe(vocabulary, merges, pre):
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     words = pre_tokenizers.Split(Regex(WORDS % (LETTERS[pre], LETTERS[pre])), "isolated")
     tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()  # llama.cpp has no NFC
@@ -49,6 +51,8 @@ def build_tokenizer(metadata):
     model = "gemma4" if (model, pre) == ("llama", "gemma4") else model  # as Ollama writes it
     if model != "gemma4" and (model != "gpt2" or not isinstance(pre, str) or pre not in LETTERS):
         raise CheckpointError(f"a tokenizer like {show(model)} with {show(pre)} is not known")
+    from tokenizers import AddedToken, processors
+
     texts, types = tokens.list(), types.list()
     vocabulary = {text: i for i, (text, type) in enumerate(zip(texts, types)) if type != UNUSED}
     if len(types) != len(texts) or len(vocabulary) + types.count(UNUSED) != len(texts):

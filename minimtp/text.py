@@ -4,8 +4,6 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 
-from tokenizers import Tokenizer as Backend
-
 from .checkpoint import CheckpointError, show
 from .gguf_model import GgufCheckpoint
 
@@ -21,7 +19,7 @@ class ChatTemplateError(ValueError):
 class Tokenizer:
     """A checkpoint's tokenizer."""
 
-    backend: Backend
+    backend: object  # tokenizers.Tokenizer
 
     def encode(self, text, special=True):
         """Token ids of the text, with the tokens that the tokenizer itself puts around it (`<bos>`) where special.
@@ -107,8 +105,10 @@ def load_tokenizer(checkpoint, vocab_size):
 
 
 def _read_tokenizer(path):
+    import tokenizers
+
     try:
-        return Backend.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path}: not a tokenizer: {show(str(error))}") from None
 

@@ -17,7 +17,7 @@ ORDER = ["backend", "checkpoint", "config", "quant", "ggml", "mobile", "formats"
          "gguf_model", "gguf_write", "layers", "cache", "gemma4", "gemma4_assistant", "qwen35", "qwen35_mtp",
          "sampling", "drafting", "text", "memory", "parameters", "loading", "lattice", "lattice_report", "encode",
          "source", "convert", "synth", "acceptance", "audit", "generate", "bench", "oracle_rules", "oracle_logits",
-         "oracle_cache", "oracle_drafter", "oracle", "expected", "golden", "server", "server_check",
+         "expected", "oracle_cache", "oracle_drafter", "oracle", "self_check", "golden", "server", "server_check",
          "hf_check", "chat", "cli_common", "cli_files", "cli_oracle", "cli"]  # fmt: skip
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 MODULES = [name for name in SOURCES if not name.startswith("__")]
