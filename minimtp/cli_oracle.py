@@ -70,7 +70,7 @@ def add_commands(commands):
     what.add_argument("--golden", metavar="DIR", help="a run of ours, as `golden` wrote it")
     what.add_argument("--server", metavar="URL", help="an engine that runs, with OpenAI's completions interface")
     what.add_argument("--hf", metavar="MODEL", help="transformers on a checkpoint, layer by layer (needs minimtp[hf])")
-    what.add_argument("--self", action="store_true", help="whether the bits hold on this machine")
+    what.add_argument("--self", dest="own", action="store_true", help="whether the bits hold on this machine")
     check.add_argument("--against", metavar="FILE", help="another engine's logits, taps or decisions (safetensors)")
     check.add_argument("--precision", choices=tuple(EPSILON), help="what it computes in (how FILE stores it)")
     check.add_argument("--draft", help="the drafter, as elsewhere (the one that was recorded; auto)")
@@ -153,7 +153,7 @@ def golden_command(arguments):
 def check_command(arguments):
     """Compare a run of ours or another engine's dump with a golden run, or a running engine with ours."""
     run = _check_hf if arguments.hf else _check_server if arguments.server else _check_golden
-    run = _check_self if arguments.self else run
+    run = _check_self if arguments.own else run
     report, text = run(arguments)
     print(json.dumps(report) if arguments.json else text)
     return 0 if report["passed"] else 1
