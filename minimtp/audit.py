@@ -157,19 +157,24 @@ def expected_tokens(alpha, K):
     return K + 1.0 if alpha == 1 else (1 - alpha ** (K + 1)) / (1 - alpha)
 
 
-def coupling_acceptance(p_V, q_V):
-    """Probability that target and drafter agree when both draw with the same Gumbel noise (Daliri et al. 2408.07978).
+def coupled(p_V, q_V):
+    """Chance of each token to be drawn from both laws with the same Gumbel noise -> [V].
 
-    sum over x of 1 / sum over y of max(p(y)/p(x), q(y)/q(x)); mlx-vlm with its random streams in step.
+    1 / sum over y of max(p(y)/p(x), q(y)/q(x)): Daliri et al. 2408.07978; mlx-vlm with its random streams in step.
     """
-    both = (p_V > 0) & (q_V > 0)  # only such tokens can agree
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio_V = np.nan_to_num(p_V / q_V, nan=0, posinf=np.inf)
-    order = np.argsort(ratio_V)
-    below = np.cumsum(np.append(0, q_V[order]))  # the tokens y whose q(y)/q(x) is the greater are those of lower ratio
-    above = np.append(np.cumsum(p_V[order][::-1])[::-1], 0)
-    at = np.searchsorted(ratio_V[order], ratio_V[both])
-    return float((1 / (above[at] / p_V[both] + below[at] / q_V[both])).sum())
+    both = np.flatnonzero((p_V > 0) & (q_V > 0))
+    order = both[np.argsort(p_V[both] / q_V[both], kind="stable")]
+    p_N, q_N = p_V[order], q_V[order]
+    above_N = p_N[::-1].cumsum()[::-1] + p_V[q_V == 0].sum()  # of y with p_y/q_y >= p_x/q_x
+    below_N = q_N.cumsum() - q_N + q_V[p_V == 0].sum()
+    out_V = np.zeros(len(p_V))
+    out_V[order] = 1 / (above_N / p_N + below_N / q_N)
+    return out_V
+
+
+def coupling_acceptance(p_V, q_V):
+    """Probability that target and drafter agree when both draw with the same Gumbel noise."""
+    return float(coupled(p_V, q_V).sum())
 
 
 # --- the audit ---

@@ -22,6 +22,7 @@ from statistics import median
 import numpy as np
 
 from .acceptance import RULES, decision, one_hot
+from .audit import coupled
 from .backend import ROWS
 from .bench import pass_costs
 from .drafting import Draft
@@ -98,18 +99,6 @@ def drawn_round(p_JV, q_KV, text_K):
     kept_K = np.minimum(_before(given_K)[:, None] * p_KV, _before(product_K)[:, None] * q_KV).sum(-1)
     tv_K = 1 - overlap_K
     return {**rounds, "block": (overlap_K, kept_K, given_K), "bound": ((1 - tv_K) / (1 + tv_K), None, None)}
-
-
-def coupled(p_V, q_V):
-    """Chance of each token to be drawn from both laws with the same Gumbel noise: 1 / sum_y max(p_y/p_x, q_y/q_x)."""
-    both = np.flatnonzero((p_V > 0) & (q_V > 0))
-    order = both[np.argsort(p_V[both] / q_V[both], kind="stable")]
-    p_N, q_N = p_V[order], q_V[order]
-    above_N = p_N[::-1].cumsum()[::-1] + p_V[q_V == 0].sum()  # of y with p_y/q_y >= p_x/q_x
-    below_N = q_N.cumsum() - q_N + q_V[p_V == 0].sum()
-    out_V = np.zeros(len(p_V))
-    out_V[order] = 1 / (above_N / p_N + below_N / q_N)
-    return out_V
 
 
 def _before(x_K):
@@ -324,7 +313,10 @@ def table(report):
 
 def plot(report, path):
     """A picture of the report: acceptance by depth, and tokens a pass and speed-up by k. Needs matplotlib."""
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ValueError("a picture needs matplotlib: pip install 'minimtp[docs]'") from None
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -29,9 +29,7 @@ def self_check():
             target = load(name, keep=keep)
             drafter, ids = load_drafter("auto", target), target.tokenizer.encode(TEXT)
             what, passes = f"{name}, {keep}", f"a pass of {ROUND} tokens gives the logits of {ROUND} passes"
-            checks[f"{what}: {passes}"] = _wide_is_narrow(
-                target, ids
-            )
+            checks[f"{what}: {passes}"] = _wide_is_narrow(target, ids)
             checks[f"{what}: what was un-read leaves no trace"] = _leaves_no_trace(target, ids)
             checks[f"{what}: drafts do not change the text"] = _drafts_change_nothing(target, drafter, ids)
     return [{"check": name, "passed": passed} for name, passed in checks.items()]
