@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import expected, golden, hf_check, self_check, server_check
+from . import expected, golden
 from .acceptance import RULES
 from .audit import audit, audit_text
 from .checkpoint import CheckpointError
@@ -24,17 +24,25 @@ def add_commands(commands):
         "rule", nargs="?", default="all", choices=("all", *RULES), metavar="RULE", help="a rule, or all"
     )
     auditing.add_argument("--json", action="store_true")
+    parents = [loader_options(), _law_options()]
+    _add_acceptance(commands.add_parser("acceptance", parents=parents, help="expected acceptance over a text"))
+    _add_golden(commands.add_parser("golden", parents=parents, help="write a run for other engines to replay"))
+    _add_check(
+        commands.add_parser("check", help="compare a run, another engine's dump, or a running engine, with ours")
+    )
 
+
+def _law_options():
     laws = argparse.ArgumentParser(add_help=False)
     laws.add_argument("--temp", type=float, default=0.0, help="the target's temperature (0, the most likely token)")
     laws.add_argument("--draft-temp", type=float, help="the drafter's (the target's; 0: argmax drafts)")
     for name, kind in (("top-k", int), ("top-p", float), ("min-p", float)):
         laws.add_argument(f"--{name}", type=kind)
         laws.add_argument(f"--draft-{name}", type=kind, help="the drafter's (the target's)")
+    return laws
 
-    acceptance = commands.add_parser(
-        "acceptance", parents=[loader_options(), laws], help="expected acceptance over a text"
-    )
+
+def _add_acceptance(acceptance):
     acceptance.set_defaults(command=acceptance_command)
     acceptance.add_argument("model", nargs="?", default=BUNDLED)
     source = acceptance.add_mutually_exclusive_group()
@@ -50,9 +58,8 @@ def add_commands(commands):
     acceptance.add_argument("--plot", metavar="FILE", help="draw a picture (needs matplotlib)")
     acceptance.add_argument("--json", action="store_true")
 
-    golden = commands.add_parser(
-        "golden", parents=[loader_options(), laws], help="write a run for other engines to replay"
-    )
+
+def _add_golden(golden):
     golden.set_defaults(command=golden_command)
     golden.add_argument("model", nargs="?", default=BUNDLED)
     golden.add_argument("-o", "--output", required=True, metavar="DIR")
@@ -63,7 +70,8 @@ def add_commands(commands):
     golden.add_argument("--seed", type=int, default=0)
     golden.add_argument("--rows", choices=("auto", "whole", "top"), default="auto", help="logits: all, or the largest")
 
-    check = commands.add_parser("check", help="compare a run, another engine's dump, or a running engine, with ours")
+
+def _add_check(check):
     check.set_defaults(command=check_command)
     check.add_argument("model", nargs="?", help="checkpoint folder, or a bundled model (the one that was recorded)")
     what = check.add_mutually_exclusive_group(required=True)
@@ -160,6 +168,8 @@ def check_command(arguments):
 
 
 def _check_self(arguments):
+    from . import self_check
+
     checks = self_check.self_check()
     report = {"passed": all(check["passed"] for check in checks), "checks": checks}
     return report, self_check.report_text(checks)
@@ -181,6 +191,8 @@ def _check_golden(arguments):
 
 
 def _check_server(arguments):
+    from . import server_check  # no other command needs a network
+
     bits = server_check.BITS[arguments.precision or "float16"] if arguments.bits is None else arguments.bits
     limits = {"--max-new-tokens": (arguments.max_new_tokens, 1, 1 << 20), "--top": (arguments.top, 1, 1000)}
     limits |= {"--bits": (bits, 1, 53), "--timeout": (arguments.timeout, 0.001, 1e6)}
@@ -198,6 +210,8 @@ def _check_server(arguments):
 
 
 def _check_hf(arguments):
+    from . import hf_check
+
     checkpoint, _, config = open_model(arguments.hf, "target")
     tokenizer = load_tokenizer(checkpoint, config.vocab_size)
     if tokenizer is None:
