@@ -1,4 +1,4 @@
-"""The command check: a run, another engine's dump, a running engine, a checkpoint, this machine, against a reference."""
+"""The command check: runs, dumps, servers, checkpoints and this machine, each against a reference."""
 
 import argparse
 import json
