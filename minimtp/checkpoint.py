@@ -205,42 +205,44 @@ def temporary(path, make=Path.touch):
     each holds a lock on its own, which the system takes from it when it ends, however it does.
     """
     sweep(path)
-    held = None
-    while held is None:
+    while True:
         unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         make(unfinished, exist_ok=False)
-        held = _lock(unfinished) if fcntl else False  # None if another process swept it away before it could be
+        held = _lock(unfinished, wait=True)
+        if unfinished.exists():
+            break  # else another process swept it away before it was locked
+        if held is not None:
+            os.close(held)
     try:
         yield unfinished
     finally:
-        if fcntl:
+        if held is not None:
             os.close(held)
         _remove(unfinished)
 
 
 def sweep(path):
     """Remove what killed processes left of what they wrote to `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp") if fcntl else ():
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
         held = _lock(left)
         if held is not None:
             _remove(left)
             os.close(held)
 
 
-def _lock(path):
-    """A file descriptor that holds a file or folder, or None if another process does, or it is gone."""
+def _lock(path, wait=False):
+    """A descriptor that holds a file or folder; None if another process does, it is gone, or nothing can be locked."""
     try:
-        held = os.open(path, os.O_RDONLY)
+        held = os.open(path, os.O_RDONLY) if fcntl else None
     except OSError:
         return None
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists():
-            return held
+        if held is not None:
+            fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held
     except OSError:
-        pass
-    os.close(held)
-    return None
+        os.close(held)
+        return None
 
 
 def _remove(path):
