@@ -1,6 +1,8 @@
 """The array library behind one name, moves to the host, and the one matrix product."""
 
+import math
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -9,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 ROWS = 16  # a pass of at most this many tokens computes every token by itself ("rows"); a wider one by GEMM
-TILE_BYTES = 1 << 20  # one tile of a weight, as float32: small enough to stay in cache while all tokens use it
+# One tile of a weight, as float32: small enough to stay in the shared cache while all tokens use it, and large enough
+# that threads do not meet: between two of NumPy's operations each needs the interpreter's lock.
+TILE_BYTES = 4 << 20
 POOL_BYTES = 4 << 20  # below this a weight is multiplied by the calling thread alone
 
 
@@ -47,9 +51,27 @@ def arithmetic():
         yield
 
 
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 @cache
 def _pool():
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    return ThreadPoolExecutor(THREADS)
+
+
+_buffers = threading.local()
+
+
+def scratch(name, shape, dtype):
+    """This thread's array under a name, with what its last use left in it.
+
+    Fresh memory for every tile would be paged in every time, and threads wait for one another where that is done.
+    """
+    dtype, held = np.dtype(dtype), vars(_buffers).get(name)
+    size = math.prod(shape) * dtype.itemsize
+    if held is None or len(held) < size:
+        held = vars(_buffers)[name] = np.empty(size, np.uint8)
+    return held[:size].view(dtype).reshape(shape)
 
 
 @cache
@@ -59,7 +81,8 @@ def tiles(rows, columns):
     The same for dense and packed weights. A product with one row would take BLAS's dot instead of its
     matrix-vector kernel, and so another order of sums.
     """
-    height = max(64, TILE_BYTES // (4 * columns) // 64 * 64)
+    count = -(-rows // max(64, TILE_BYTES // (4 * columns) // 64 * 64))
+    height = -(-rows // count // 64) * 64
     starts = list(range(0, rows, height))
     if len(starts) > 1 and rows - starts[-1] == 1:
         starts.pop()
@@ -94,35 +117,37 @@ def round_activations(x, scale):
 
 
 def _tile(w, start, stop, dtype):
-    return w[start:stop] if isinstance(w, np.ndarray) else w.rows(start, stop, dtype)
+    if isinstance(w, np.ndarray):
+        return w[start:stop]
+    return w.rows(start, stop, dtype, scratch("tile", (stop - start, w.shape[1]), dtype))
 
 
 def matmul(x_TI, w_OI):
     """x_TI times the transpose of a weight -> [T, O], in x's dtype.
 
-    w_OI is an array, or anything with `shape` and `rows(start, stop, dtype) -> [stop - start, I]`, or one of them
+    w_OI is an array, or anything with `shape` and `rows(start, stop, dtype, out) -> [stop - start, I]`, or one of them
     Rounded. Up to ROWS tokens each is multiplied by itself, so its result does not depend on how many share the pass.
+    Of a large weight every thread takes the next tile: one is multiplied while another is unpacked.
     """
     if isinstance(w_OI, Rounded):
         out_TO = matmul(round_activations(x_TI, w_OI.input_scale), w_OI.weight)
         return round_activations(out_TO, w_OI.output_scale)
-    parts = tiles(*w_OI.shape)
-    if len(parts) == 1 and len(x_TI):
-        return _product(x_TI, _tile(w_OI, *parts[0], x_TI.dtype))
-    out_TO = np.empty((len(x_TI), w_OI.shape[0]), x_TI.dtype)
+    parts, out_TO = tiles(*w_OI.shape), np.empty((len(x_TI), w_OI.shape[0]), x_TI.dtype)
     if not len(x_TI):
         return out_TO  # nothing to unpack the weight for
+    left = iter(parts)
 
-    def one(bounds):
-        out_TO[:, slice(*bounds)] = _product(x_TI, _tile(w_OI, *bounds, x_TI.dtype))
-
-    def quiet(bounds):  # the pool's threads do not inherit what `arithmetic` set
-        with np.errstate(over="ignore", invalid="ignore"):
-            one(bounds)
+    def work():
+        with np.errstate(over="ignore", invalid="ignore"):  # a thread does not inherit what `arithmetic` set
+            for start, stop in left:
+                out_TO[:, start:stop] = _product(x_TI, _tile(w_OI, start, stop, x_TI.dtype))
 
     small = w_OI.shape[0] * w_OI.shape[1] * 4 < POOL_BYTES
-    for _ in map(one, parts) if small else _pool().map(quiet, parts):
-        pass
+    if small or len(parts) == 1:
+        work()
+    else:
+        for done in [_pool().submit(work) for _ in range(min(THREADS, len(parts)))]:
+            done.result()
     return out_TO
 
 

@@ -36,7 +36,7 @@ def measure(target, drafter, prompts, num_draft, max_new_tokens):
         plain.append(list(generate(target, prompt, max_new_tokens=max_new_tokens)))
         if drafter:
             drafted.append(list(generate(target, prompt, drafter, num_draft, max_new_tokens=max_new_tokens)))
-    report = {"model": str(target.folder), "prompts": len(prompts), "plain": _rates(plain)}
+    report = {"model": str(target.folder), "kv": target.kv, "prompts": len(prompts), "plain": _rates(plain)}
     if drafter:
         report |= {"k": num_draft, "drafted": _rates(drafted)}
         report["identical"] = list(map(tokens_of, plain)) == list(map(tokens_of, drafted))

@@ -4,18 +4,26 @@ A safetensors file is: 8 bytes, little-endian length N; N bytes of JSON, {name: 
 https://github.com/huggingface/safetensors#format
 """
 
+import glob
 import json
 import math
 import mmap
 import os
 import reprlib
 import secrets
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
+
+try:
+    import fcntl
+except ImportError:  # Windows, where what killed processes left has to be removed by hand
+    fcntl = None
 
 # Stored element types. NumPy has no bfloat16 (kept as its 16 bits) and no 8-bit floats; BOOL stays bytes: 2 is not True
 DTYPES = {
@@ -26,6 +34,7 @@ DTYPES = {
 FLOATS = ("F32", "F16", "BF16", "F64")
 MAX_JSON = 100_000_000  # bytes; the limit of the safetensors library
 MAX_DIMS = 64  # NumPy's
+AROUND = 1 << 16  # bytes: where one of a file's pages is read, Linux puts those around it into memory, too
 
 _repr = reprlib.Repr()  # hostile names, numbers and lists in error messages: one line, cut short, escaped
 _repr.maxstring = _repr.maxother = 120
@@ -151,33 +160,96 @@ def write_safetensors(path, arrays, metadata=None):
     if not _are_texts(metadata):
         raise CheckpointError(f"{path}: metadata is not a table of texts")
     tensors = {name: _storable(name, value) for name, value in arrays.items()}
-    widths = {name: np.dtype(DTYPES[tensor.dtype]).itemsize for name, tensor in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-widths[name], name))  # widest first: all data is aligned
+    text, places = safetensors_header(
+        {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata
+    )
+    with new_file(path) as file:
+        file.write(text)
+        for name, (begin, end) in places.items():
+            write_chunks(file, name, tensors[name], end - begin)
+
+
+def safetensors_header(tensors, metadata):
+    """Where {name: (dtype name, shape)} lie in a safetensors file -> (its first bytes, {name: (begin, end) of all}).
+
+    The tensors follow the header without a gap, in the order of the table.
+    """
+    widths = {name: np.dtype(DTYPES[dtype]).itemsize for name, (dtype, _) in tensors.items()}
     header, end = {"__metadata__": metadata} if metadata else {}, 0
-    for name in order:
-        begin, end = end, end + math.prod(tensors[name].shape) * widths[name]
-        header[name] = {"dtype": tensors[name].dtype, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    for name in sorted(tensors, key=lambda name: (-widths[name], name)):  # widest first: all data is aligned
+        dtype, shape = tensors[name]
+        begin, end = end, end + math.prod(shape) * widths[name]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with new_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            begin, end = header[name]["data_offsets"]
-            write_chunks(file, name, tensors[name], end - begin)
+    start = 8 + len(text)
+    places = {name: [start + at for at in header[name]["data_offsets"]] for name in header if name != "__metadata__"}
+    return len(text).to_bytes(8, "little") + text, places
 
 
 @contextmanager
 def new_file(path):
     """A file to write that takes its name once its bytes are on the disk; after an error nothing of it is left."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with temporary(path) as unfinished, open(unfinished, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+
+@contextmanager
+def temporary(path, make=Path.touch):
+    """A new file (or with Path.mkdir a folder) beside `path`, gone at the end unless it was renamed.
+
+    What processes left that were killed while they wrote the same path goes too. Others that write it stay as they are:
+    each holds a lock on its own, which the system takes from it when it ends, however it does.
+    """
+    sweep(path)
+    while True:
+        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        make(unfinished, exist_ok=False)
+        held = _lock(unfinished, wait=True)
+        if unfinished.exists():
+            break  # else another process swept it away before it was locked
+        if held is not None:
+            os.close(held)
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield unfinished
     finally:
-        temporary.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
+        _remove(unfinished)
+
+
+def sweep(path):
+    """Remove what killed processes left of what they wrote to `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        held = _lock(left)
+        if held is not None:
+            _remove(left)
+            os.close(held)
+
+
+def _lock(path, wait=False):
+    """A descriptor that holds a file or folder; None if another process does, it is gone, or nothing can be locked."""
+    try:
+        held = os.open(path, os.O_RDONLY) if fcntl else None
+    except OSError:
+        return None
+    try:
+        if held is not None:
+            fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held
+    except OSError:
+        os.close(held)
+        return None
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_chunks(file, name, tensor, size):
@@ -188,9 +260,13 @@ def write_chunks(file, name, tensor, size):
         raise CheckpointError(f"{show(name)}: {abs(size)} bytes too {'few' if size > 0 else 'many'} to write")
 
 
-def bf16_to_float(bits, dtype=np.float32):
-    """bfloat16 bits (uint16, any shape) -> the same values as floats: a bf16 is the upper half of a float32."""
-    wide = bits.astype(np.uint32)
+def bf16_to_float(bits, dtype=np.float32, out=None):
+    """bfloat16 bits (uint16, any shape) -> the same values as floats: a bf16 is the upper half of a float32.
+
+    out: a float32 array for them.
+    """
+    wide = np.empty(bits.shape, np.uint32) if out is None else out.view(np.uint32)
+    wide[...] = bits
     wide <<= 16
     return wide.view(np.float32).astype(dtype, copy=False)
 
@@ -225,6 +301,19 @@ def map_file(path):
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def release(array):
+    """Give back the pages under an array, if it is of a mapped file.
+
+    They are no longer this process's memory but stay in the system's cache, and are there again when they are read.
+    """
+    root = array.base if isinstance(array.base, np.ndarray) else array
+    file = getattr(root.base, "obj", None)
+    if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        start, (low, high) = root.ctypes.data, byte_bounds(array)
+        low, high = max(start, low - low % AROUND), min(start + root.nbytes, high + -high % AROUND)
+        file.madvise(mmap.MADV_DONTNEED, low - start, high - low)
 
 
 def read_json(path):

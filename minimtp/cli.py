@@ -5,17 +5,15 @@ import json
 import os
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
-from . import __version__, cli_files, cli_oracle, memory, qwen35_mtp
+from . import __version__, cli_check, cli_files, cli_oracle, cli_show
 from .acceptance import RULES
 from .bench import measure, summarize
 from .chat import Conversation
 from .cli_common import BUNDLED, CHECKPOINT, checked_text, load_pair, loader_options, read_prompt, standard_input
 from .generate import generate
-from .loading import bundled, open_model, published_config
-from .parameters import notes
+from .loading import bundled
 from .sampling import Sampling, recommended
 from .text import ChatTemplateError
 
@@ -97,13 +95,6 @@ def _parser():
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
     chat.add_argument("--think", action=argparse.BooleanOptionalAction, help="thinking, where the template has it")
 
-    show = commands.add_parser("show", help="a model's layer plan, parameters and memory")
-    show.set_defaults(command=show_command)
-    show.add_argument("model", nargs="?", default=BUNDLED, help=CHECKPOINT)
-    show.add_argument("--config", metavar="NAME", help="a published configuration instead, without weights")
-    show.add_argument("--context", type=int, metavar="N", help="tokens of context to count KV bytes for")
-    show.add_argument("--json", action="store_true")
-
     bench = commands.add_parser("bench", parents=[model], help="measure decoding, plain and with drafts")
     bench.set_defaults(command=bench_command)
     bench.add_argument("model", nargs="?", default=BUNDLED)
@@ -112,8 +103,10 @@ def _parser():
     bench.add_argument("--prompt-tokens", type=int, default=64, metavar="T", help="tokens of each prompt (64)")
     bench.add_argument("--json", action="store_true", help="one line of JSON")
 
+    cli_show.add_command(commands)
     cli_files.add_commands(commands)
     cli_oracle.add_commands(commands)
+    cli_check.add_commands(commands)
     return parser
 
 
@@ -276,37 +269,6 @@ def _closing_line(summary):
         + (f", accepted by depth {kept}" if kept else "")
         + f"; {summary['seconds']:.2f} s, {summary['tokens'] / summary['seconds']:.0f} tokens/s"
     )
-
-
-# show
-
-
-def show_command(arguments):
-    """Print what a configuration says, and what that costs."""
-    if arguments.context is not None and arguments.context < 1:
-        raise ValueError(f"--context must be at least 1, got {arguments.context}")
-    if arguments.config:
-        family, config = published_config(arguments.config)
-        name, stored, told = arguments.config, None, []
-    else:
-        checkpoint, family, config = open_model(arguments.model)
-        name, stored, told = str(checkpoint.folder), checkpoint.stored_bytes(), notes(checkpoint, family, config)
-        if hasattr(config, "mtp_layers"):  # tensors say what is there
-            config = replace(config, mtp_layers=int(any(map(qwen35_mtp.owns, checkpoint.tensors))))
-    has_mtp = getattr(config, "mtp_layers", 0)
-    mtp_table = qwen35_mtp.tensors(qwen35_mtp.layer_config(config)) if has_mtp else None
-    report = {
-        "model": name,
-        "family": family.__name__.rpartition(".")[2],
-        **memory.describe(
-            config, family.tensors(config), arguments.context, formats=family.FORMATS, mtp_table=mtp_table
-        ),
-    }
-    if told:
-        report["notes"] = told
-    if stored:
-        report["stored_bytes"] = {**stored, "total": sum(stored.values())}
-    print(json.dumps(report) if arguments.json else memory.report_text(report))
 
 
 # bench

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from .checkpoint import CheckpointError
 from .drafting import GemmaAssistant
+from .kv_storage import NAMES, STORAGES, VALUES_ONLY
 from .loading import find_drafter, load, load_drafter
 
 BUNDLED = "tiny-gemma4"
@@ -16,14 +17,22 @@ CHECKPOINT = "checkpoint folder, GGUF file, or a bundled model"
 PROMPT = "ROMEO:\n"  # what the bundled model is asked to continue where no prompt is given
 
 
-def loader_options():
-    """Options of every command that loads a model and its drafter."""
+def loader_options(draft=True):
+    """Options of every command that loads a model and, where `draft`, its drafter."""
     loader = argparse.ArgumentParser(add_help=False)
-    loader.add_argument("--draft", default="auto", help="auto, none, lookup (prompt lookup), or a drafter's path")
+    if draft:
+        loader.add_argument("--draft", default="auto", help="auto, none, lookup (prompt lookup), or a drafter's path")
     loader.add_argument("--backend", choices=("numpy", "cupy"), default="numpy")
     loader.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     loader.add_argument("--keep", choices=("auto", "packed", "dense"), default="auto", help="weights in memory")
+    storages = f"keys and values in memory: {', '.join(STORAGES)} (as --dtype); with {VALUES_ONLY}, values only where"
+    loader.add_argument("--kv", choices=NAMES, metavar="STORAGE", help=f"{storages} keys can be made of them")
     return loader
+
+
+def load_target(arguments):
+    """The target alone."""
+    return load(arguments.model, arguments.backend, arguments.dtype, arguments.keep, kv=arguments.kv)
 
 
 def load_pair(arguments, soft=False):
@@ -31,7 +40,7 @@ def load_pair(arguments, soft=False):
 
     soft: drafts are to carry soft laws, if the drafter can.
     """
-    target = load(arguments.model, arguments.backend, arguments.dtype, arguments.keep)
+    target = load_target(arguments)
     if target.tokenizer is None:
         raise CheckpointError(f"{target.folder} has no tokenizer")
     if arguments.draft == "none":

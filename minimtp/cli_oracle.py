@@ -1,19 +1,30 @@
-"""Commands that settle disputes: audit, acceptance, golden, check."""
+"""Commands that settle disputes: audit, acceptance, golden, logits."""
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from . import expected, golden
 from .acceptance import RULES
 from .audit import audit, audit_text
-from .checkpoint import CheckpointError
-from .cli_common import BUNDLED, checked_text, load_pair, loader_options, read_prompt
-from .loading import bundled, load, load_drafter, open_model
-from .oracle_logits import EPSILON
+from .checkpoint import new_file
+from .cli_common import (
+    BUNDLED,
+    CHECKPOINT,
+    checked_text,
+    counting,
+    load_pair,
+    load_target,
+    loader_options,
+    progress_bar,
+    read_prompt,
+)
+from .cli_worklist import can_go_on, check_list, check_place, list_options, loaded, run_list
+from .generate import CHUNK
+from .golden import tap_names
+from .loading import bundled
+from .logits import write_logits
 from .sampling import Sampling
-from .text import load_tokenizer
 
 
 def add_commands(commands):
@@ -24,12 +35,12 @@ def add_commands(commands):
         "rule", nargs="?", default="all", choices=("all", *RULES), metavar="RULE", help="a rule, or all"
     )
     auditing.add_argument("--json", action="store_true")
-    parents = [loader_options(), _law_options()]
+    parents = [loader_options(), _law_options(), list_options()]
     _add_acceptance(commands.add_parser("acceptance", parents=parents, help="expected acceptance over a text"))
     _add_golden(commands.add_parser("golden", parents=parents, help="write a run for other engines to replay"))
-    _add_check(
-        commands.add_parser("check", help="compare a run, another engine's dump, or a running engine, with ours")
-    )
+    parents = [loader_options(draft=False), list_options()]
+    text = "write the logits of a prompt of any length; what is interrupted goes on where it was"
+    _add_logits(commands.add_parser("logits", parents=parents, help=text))
 
 
 def _law_options():
@@ -54,7 +65,10 @@ def _add_acceptance(acceptance):
     acceptance.add_argument("--stride", type=int, default=1, metavar="S", help="rounds at every S-th position only (1)")
     lossy = [rule for rule in RULES if RULES[rule].emits == "not p"]
     acceptance.add_argument("--rule", choices=lossy, action="append", default=[], help="a lossy rule as well")
-    acceptance.add_argument("--cost", type=float, help="cost of a draft token, in target passes (measured here)")
+    acceptance.add_argument(
+        "--cost", type=float, help="cost of a draft token, in target passes (measured here, but for lists)"
+    )
+    acceptance.add_argument("-o", "--output", metavar="DIR", help="where the reports of a list go, NAME.json")
     acceptance.add_argument("--plot", metavar="FILE", help="draw a picture (needs matplotlib)")
     acceptance.add_argument("--json", action="store_true")
 
@@ -69,33 +83,25 @@ def _add_golden(golden):
     golden.add_argument("--rule", choices=[r for r in RULES if not RULES[r].soft], default="rejection")
     golden.add_argument("--seed", type=int, default=0)
     golden.add_argument("--rows", choices=("auto", "whole", "top"), default="auto", help="logits: all, or the largest")
+    golden.add_argument("--json", action="store_true", help="of a list: say in JSON how it went")
 
 
-def _add_check(check):
-    check.set_defaults(command=check_command)
-    check.add_argument("model", nargs="?", help="checkpoint folder, or a bundled model (the one that was recorded)")
-    what = check.add_mutually_exclusive_group(required=True)
-    what.add_argument("--golden", metavar="DIR", help="a run of ours, as `golden` wrote it")
-    what.add_argument("--server", metavar="URL", help="an engine that runs, with OpenAI's completions interface")
-    what.add_argument("--hf", metavar="MODEL", help="transformers on a checkpoint, layer by layer (needs minimtp[hf])")
-    what.add_argument("--self", dest="own", action="store_true", help="whether the bits hold on this machine")
-    check.add_argument("--against", metavar="FILE", help="another engine's logits, taps or decisions (safetensors)")
-    check.add_argument("--precision", choices=tuple(EPSILON), help="what it computes in (how FILE stores it)")
-    check.add_argument("--draft", help="the drafter, as elsewhere (the one that was recorded; auto)")
-    check.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    check.add_argument("--json", action="store_true")
-    hf = check.add_argument_group("with --hf (MODEL for both, or another for ours)")
-    hf.add_argument("--text", help="file to read (the bundled held-out text)")
-    hf.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of it at most (64)")
-    served = check.add_argument_group("with --server")
-    served.add_argument("--plain-server", metavar="URL", help="the same engine, started without speculation")
-    served.add_argument("--served-name", metavar="NAME", help="the model's name there (the first that it lists)")
-    served.add_argument("--prompt", help="the text to continue; - reads standard input")
-    served.add_argument("-n", "--max-new-tokens", type=int, default=64, metavar="N", help="tokens at most (64)")
-    served.add_argument("--top", type=int, default=5, metavar="N", help="log-probabilities of each position (5)")
-    served.add_argument("--bits", type=float, help="its precision, instead of --precision (11: float16)")
-    served.add_argument("-k", "--num-draft", type=int, default=4, metavar="K", help="tokens it drafts a round (4)")
-    served.add_argument("--timeout", type=float, default=120, metavar="SECONDS", help="for each answer (120)")
+def _add_logits(logits):
+    logits.set_defaults(command=logits_command)
+    logits.add_argument("model", help=CHECKPOINT)
+    logits.add_argument("--prompt-file", metavar="FILE", help="the prompt, a UTF-8 text")
+    logits.add_argument("--ids", metavar="FILE", help="a JSON list of token ids instead")
+    logits.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file; of a list, the folder")
+    logits.add_argument(
+        "--taps", default="", metavar="NAMES", help="with commas between: embed, layer.N.out ...; or all"
+    )
+    logits.add_argument("--rows", type=_rows, metavar="N", help="logits of the last N positions; last, or all (all)")
+    kept = logits.add_mutually_exclusive_group()
+    kept.add_argument("--top", type=int, metavar="N", help="keep the N largest of a row (64 of large vocabularies)")
+    kept.add_argument("--whole", dest="top", action="store_const", const=0, help="keep whole rows")
+    logits.add_argument("--chunk", type=int, default=CHUNK, metavar="N", help=f"tokens read at a time ({CHUNK})")
+    logits.add_argument("--restart", action="store_true", help="forget what an interrupted run left")
+    logits.add_argument("--json", action="store_true")
 
 
 def audit_command(arguments):
@@ -107,35 +113,77 @@ def audit_command(arguments):
 
 def acceptance_command(arguments):
     """Expected acceptance over a text."""
+    check_list(arguments, "text", "ids", "plot")
+    if arguments.prompts:
+        return run_list(arguments, acceptance_of, ".json")
     target, drafter = load_pair(arguments)
-    if drafter is None:
-        raise ValueError("no drafter, no acceptance: --draft names one")
-    ids = _ids_of_text(arguments, target.tokenizer)[: arguments.prompt_tokens + arguments.tokens]
-    sampling, draft_sampling = _both_samplings(arguments)
-    options = dict(first=arguments.prompt_tokens, stride=arguments.stride, lossy={rule: {} for rule in arguments.rule})
-    report = expected.expected(target, drafter, ids, arguments.num_draft, sampling, draft_sampling, **options)
-    if arguments.cost is None:
-        costs = expected.measured_costs(target, drafter, ids[:64], arguments.num_draft)
-    else:
-        costs = expected.given_costs(arguments.cost, arguments.num_draft)
-    report = expected.with_costs({"model": str(target.folder), "draft": arguments.draft, **report}, costs)
+    report = _expected(arguments, target, drafter, _ids_of_text(arguments, target.tokenizer))
     if arguments.plot:
         expected.plot(report, arguments.plot)
     print(json.dumps(report) if arguments.json else expected.table(report))
 
 
+def acceptance_of(arguments, item):
+    """Write the report of one text of a list."""
+    target, drafter = loaded(load_pair, arguments)
+    report = _expected(arguments, target, drafter, _ids_of(item, target.tokenizer))
+    with new_file(Path(arguments.output, f"{item['id']}.json")) as file:
+        file.write(json.dumps(report).encode())
+
+
+def _expected(arguments, target, drafter, ids):
+    """Expected acceptance over these tokens -> the report."""
+    if drafter is None:
+        raise ValueError("no drafter, no acceptance: --draft names one")
+    ids = ids[: arguments.prompt_tokens + arguments.tokens]
+    sampling, draft_sampling = _both_samplings(arguments)
+    options = dict(first=arguments.prompt_tokens, stride=arguments.stride, lossy={rule: {} for rule in arguments.rule})
+    report = expected.expected(target, drafter, ids, arguments.num_draft, sampling, draft_sampling, **options)
+    report = {"model": str(target.folder), "draft": arguments.draft, **report}
+    if arguments.cost is not None:
+        return expected.with_costs(report, expected.given_costs(arguments.cost, arguments.num_draft))
+    if arguments.prompts:  # what passes cost cannot be measured where others are at work
+        return report
+    return expected.with_costs(report, expected.measured_costs(target, drafter, ids[:64], arguments.num_draft))
+
+
 def _ids_of_text(arguments, tokenizer):
     if not arguments.ids:
         path = Path(arguments.text) if arguments.text else bundled("heldout.txt")
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        return tokenizer.encode(checked_text(text, path))
+        return tokenizer.encode(_text_in(path))
+    return _ids_in(arguments.ids)
+
+
+def _text_in(path):
+    return checked_text(Path(path).read_text(encoding="utf-8", errors="surrogateescape"), path)
+
+
+def _ids_in(path):
+    """The list of token ids in a JSON file. Raises ValueError."""
     try:
-        ids = json.loads(Path(arguments.ids).read_text(encoding="utf-8"))
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         ids = None
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise ValueError(f"{arguments.ids}: expected a JSON list of token ids")
+        raise ValueError(f"{path}: expected a JSON list of token ids")
     return ids
+
+
+def _ids_of(item, tokenizer):
+    """The token ids of an item of a list. Raises ValueError where there are none."""
+    ids = item.get("ids", [])
+    if text := item.get("prompt"):
+        if tokenizer is None:
+            raise ValueError("the model has no tokenizer: it takes ids, not a text")
+        ids = tokenizer.encode(text)
+    if not ids:
+        raise ValueError("the prompt is empty")
+    return ids
+
+
+def _rows(text):
+    """How many of the last rows: None for all of them."""
+    return {"all": None, "last": 1}[text] if text in ("all", "last") else int(text)
 
 
 def _both_samplings(arguments):
@@ -148,78 +196,53 @@ def _both_samplings(arguments):
 
 def golden_command(arguments):
     """Write a golden run: in float32, with the same in float64 for reference."""
-    text = read_prompt(arguments)
+    check_list(arguments, "prompt")
+    if arguments.prompts:
+        return run_list(arguments, golden_of, "/golden.json")
+    item = {"prompt": read_prompt(arguments)}
     pairs = [load_pair(argparse.Namespace(**{**vars(arguments), "dtype": dtype})) for dtype in ("float32", "float64")]
+    _write_golden(arguments, pairs, item, arguments.output)
+
+
+def golden_of(arguments, item):
+    """Write the golden run of one prompt of a list."""
+    pairs = [loaded(load_pair, arguments, dtype=dtype) for dtype in ("float32", "float64")]
+    _write_golden(arguments, pairs, item, Path(arguments.output, item["id"]))
+
+
+def _write_golden(arguments, pairs, item, folder):
     sampling, draft_sampling = _both_samplings(arguments)
     options = arguments.num_draft, arguments.rule, sampling, draft_sampling, arguments.max_new_tokens, arguments.seed
-    run = golden.record(*pairs[0], pairs[0][0].tokenizer.encode(text), *options)
-    run |= {"drafter": arguments.draft, "prompt_text": text}
+    run = golden.record(*pairs[0], _ids_of(item, pairs[0][0].tokenizer), *options)
+    run |= {"drafter": arguments.draft} | ({"prompt_text": item["prompt"]} if "prompt" in item else {})
     plain, precise = (golden.replay(run, *pair) for pair in pairs)
-    golden.make(arguments.output, run, plain, precise, {"whole": True, "top": False}.get(arguments.rows))
+    golden.make(folder, run, plain, precise, {"whole": True, "top": False}.get(arguments.rows))
 
 
-def check_command(arguments):
-    """Compare a run of ours or another engine's dump with a golden run, or a running engine with ours."""
-    run = _check_hf if arguments.hf else _check_server if arguments.server else _check_golden
-    run = _check_self if arguments.own else run
-    report, text = run(arguments)
-    print(json.dumps(report) if arguments.json else text)
-    return 0 if report["passed"] else 1
+def logits_command(arguments):
+    """Write the logits of a prompt, or of each prompt of a list."""
+    sources = [name for name in ("prompt_file", "ids", "prompts") if getattr(arguments, name)]
+    if len(sources) != 1:
+        raise ValueError("expected one of --prompt-file, --ids and --prompts")
+    check_list(arguments)
+    if arguments.prompts:
+        return run_list(arguments, logits_of, ".safetensors")
+    check_place(arguments.output)
+    item = {"ids": _ids_in(arguments.ids)} if arguments.ids else {"prompt": _text_in(arguments.prompt_file)}
+    target = load_target(arguments)
+    with can_go_on(), progress_bar(" layers") as bar:
+        report = _write_logits(arguments, target, item, arguments.output, counting(bar))
+    print(json.dumps(report) if arguments.json else f"{report['output']}: {report['tokens']} tokens")
 
 
-def _check_self(arguments):
-    from . import self_check
-
-    checks = self_check.self_check()
-    report = {"passed": all(check["passed"] for check in checks), "checks": checks}
-    return report, self_check.report_text(checks)
+def logits_of(arguments, item):
+    """Write the logits of one prompt of a list."""
+    path = Path(arguments.output, f"{item['id']}.safetensors")
+    _write_logits(arguments, loaded(load_target, arguments), item, path)
 
 
-def _check_golden(arguments):
-    run, arrays = golden.read_golden(arguments.golden)
-    if arguments.against:
-        dump, precisions = golden.read_dump(arguments.against)
-    else:
-        target = load(arguments.model or str(run["model"]["name"]), dtype=arguments.dtype)
-        draft = arguments.draft or str(run.get("drafter", "auto"))
-        drafter = None if draft == "none" else load_drafter(draft, target)
-        dump, precisions = golden.replay(run, target, drafter), arguments.dtype
-        if (target.fingerprint == run["model"].get("fingerprint")) < (arguments.dtype == "float32"):
-            print("these are not the weights, or not the configuration, of the golden run", file=sys.stderr)
-    report = golden.compare(run, arrays, dump, arguments.precision or precisions)
-    return report, golden.report_text(report)
-
-
-def _check_server(arguments):
-    from . import server_check  # no other command needs a network
-
-    bits = server_check.BITS[arguments.precision or "float16"] if arguments.bits is None else arguments.bits
-    limits = {"--max-new-tokens": (arguments.max_new_tokens, 1, 1 << 20), "--top": (arguments.top, 1, 1000)}
-    limits |= {"--bits": (bits, 1, 53), "--timeout": (arguments.timeout, 0.001, 1e6)}
-    for name, (value, least, most) in limits.items():
-        if not least <= value <= most:
-            raise ValueError(f"{name} must be between {least} and {most}, got {value}")
-    arguments.model = arguments.model or BUNDLED
-    prompt = read_prompt(arguments)
-    options = {"draft": arguments.draft or "auto", "backend": "numpy", "dtype": "float32", "keep": "auto"}
-    target, drafter = load_pair(argparse.Namespace(**{**vars(arguments), **options}))
-    targets, urls = [load(arguments.model, dtype="float64"), target], (arguments.server, arguments.plain_server)
-    options = arguments.max_new_tokens, arguments.top, bits, arguments.num_draft, arguments.served_name
-    report = server_check.check(targets, drafter, *urls, prompt, *options, arguments.timeout)
-    return report, server_check.report_text(report, lambda id: json.dumps(target.tokenizer.decode([id], special=True)))
-
-
-def _check_hf(arguments):
-    from . import hf_check
-
-    checkpoint, _, config = open_model(arguments.hf, "target")
-    tokenizer = load_tokenizer(checkpoint, config.vocab_size)
-    if tokenizer is None:
-        raise CheckpointError(f"{checkpoint.folder} has no tokenizer")
-    if arguments.tokens < 1:
-        raise ValueError(f"--tokens is {arguments.tokens}, wanted 1 or more")
-    path = Path(arguments.text) if arguments.text else bundled("heldout.txt")
-    text = checked_text(path.read_text(encoding="utf-8", errors="surrogateescape"), path)
-    ids = tokenizer.encode(text)[: arguments.tokens]
-    report = hf_check.check(arguments.model or arguments.hf, ids, arguments.hf, arguments.draft or "auto")
-    return report, hf_check.report_text(report)
+def _write_logits(arguments, target, item, path, progress=None):
+    taps = tap_names(len(target.config.layers)) if arguments.taps == "all" else filter(None, arguments.taps.split(","))
+    options = {name: getattr(arguments, name) for name in ("top", "chunk", "restart")}
+    ids = _ids_of(item, target.tokenizer)
+    return write_logits(target, ids, path, list(taps), arguments.rows, **options, progress=progress)

@@ -8,8 +8,6 @@ Letters: O output and I input features, R some of the rows O; G groups of 32 alo
 
 import os
 import re
-import secrets
-import shutil
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -19,17 +17,29 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import CheckpointError, Lazy, bf16_to_float, float_to_bf16, read_safetensors, show, write_safetensors
+from .checkpoint import (
+    CheckpointError,
+    Lazy,
+    bf16_to_float,
+    float_to_bf16,
+    read_safetensors,
+    release,
+    show,
+    sweep,
+    temporary,
+    write_safetensors,
+)
 from .encode import GROUP, Counts, as_int4, encode, in_order, is_int4, narrow, on_all_cores, runs, some_rows
 from .ggml import Blocks
 from .gguf_file import read_header
 from .gguf_write import FILE_TYPES, architecture_of, config_keys, gguf_places, stored_bytes, text_keys, write_gguf
 from .loading import resolve
-from .quant import Plain
+from .quant import Plain, release_all
 from .source import MATRICES, as_json, open_source
 
 FORMATS = (*FILE_TYPES, "compressed-tensors", "bf16")
 INT4 = ("Q4_0", "int4")  # how a report calls it in GGUF, and in a folder
+READ = 1 << 24  # bytes read again at a time
 FLOAT_KINDS = ("vector", "zero_centred", "plus_one")
 ROUTER, GATES = ".ffn_gate_inp", (".ssm_alpha", ".ssm_beta")  # F32 in every file; in a file of int4
 KEPT = "per_layer_model_proj"  # in a file of int4, in its own float type
@@ -104,8 +114,15 @@ def _check_destination(dst, to):
         raise CheckpointError(f"cannot convert to {show(to)}: one of {', '.join(FORMATS)} was expected")
     if (dst.suffix == ".gguf") != (to in FILE_TYPES):
         raise CheckpointError(f"{dst}: {to} is written to {'a .gguf file' if to in FILE_TYPES else 'a folder'}")
-    if dst.exists() or not dst.absolute().parent.is_dir():
-        raise CheckpointError(f"{dst}: {'is already there' if dst.exists() else 'no such folder to write into'}")
+    if not dst.absolute().parent.is_dir():
+        raise CheckpointError(f"{dst}: no such folder to write into")
+    sweep(dst.absolute())
+    _refuse_existing(dst)
+
+
+def _refuse_existing(dst):
+    if dst.exists():
+        raise CheckpointError(f"{dst}: is already there")
 
 
 # What is written
@@ -118,13 +135,10 @@ def write_checkpoint(source, dst, to, progress=None, name="", compare=True):
     """
     _check_destination(dst, to)
     dst, plan = Path(dst), _plan(source, to)
-    folder = dst.absolute().parent / f".{dst.name}.{secrets.token_hex(4)}.tmp"
-    path = folder / dst.name if to in FILE_TYPES else folder / "model.safetensors"
     size = sum(stored_bytes(key, tensor) for key, tensor in plan.tensors.items())
     meter = _Meter(progress, size * (3 if compare else 2))
-    try:
-        folder.mkdir()
-        sums = {}
+    with temporary(dst.absolute(), Path.mkdir) as folder:
+        path, sums = folder / dst.name if to in FILE_TYPES else folder / "model.safetensors", {}
         tensors = {key: meter.watch(key, tensor, sums) for key, tensor in plan.tensors.items()}
         if to in FILE_TYPES:
             write_gguf(path, _metadata(source, plan, to, name), tensors)
@@ -136,9 +150,8 @@ def write_checkpoint(source, dst, to, progress=None, name="", compare=True):
         _check_bytes(path, sums, meter)
         if compare:
             _compare(source, plan, path if to in FILE_TYPES else folder, meter, size)
+        _refuse_existing(dst)
         os.rename(path if to in FILE_TYPES else folder, dst)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return Report(name, str(dst), to, list(plan.rows.values()), plan.dropped, source.notes)
 
 
@@ -160,6 +173,7 @@ class _Meter:
                 data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
                 sums[name] = zlib.crc32(data, sums[name])
                 yield data
+                release(data)
                 self.add(data.size)
 
         return replace(tensor, chunks=chunks)
@@ -362,7 +376,10 @@ def _encoded(weights, place, stored, row):
 
     def encode_rows(weight, start, stop):
         counts = Counts()
-        return encode(in_order(some_rows(weight, start, stop), head_order), stored, counts), counts
+        part = some_rows(weight, start, stop)
+        data = encode(in_order(part, head_order), stored, counts)
+        release_all(part)
+        return data, counts
 
     for data, counts in on_all_cores(encode_rows, ((w, *run) for w in weights for run in runs(w, row_order))):
         row.add(counts)
@@ -377,8 +394,10 @@ def _packed_tensors(name, weight, row):
     dtype = as_int4(sample, Counts(), np.float32).scales.dtype if is_stored else "F32"
 
     def int4_rows(start, stop):
-        counts = Counts()
-        return as_int4(some_rows(weight, start, stop), counts, np.float32), counts
+        counts, part = Counts(), some_rows(weight, start, stop)
+        packed = as_int4(part, counts, np.float32)
+        release_all(part)
+        return packed, counts
 
     def packed_chunks():
         for part, counts in on_all_cores(int4_rows, runs(weight)):
@@ -408,9 +427,13 @@ def _check_bytes(path, sums, meter):
     if tensors.keys() != sums.keys():
         raise CheckpointError(f"{path}: {len(tensors)} tensors, {len(sums)} were written")
     for name, raw in tensors.items():
-        if zlib.crc32(raw.data) != sums[name]:
+        found = 0
+        for part in (raw.data[at : at + READ] for at in range(0, raw.data.size, READ)):
+            found = zlib.crc32(part, found)
+            release(part)
+            meter.add(part.size)
+        if found != sums[name]:
             raise CheckpointError(f"{path}: {show(name)} reads back otherwise than it was written")
-        meter.add(raw.data.size)
 
 
 def _compare(source, plan, path, meter, size):

@@ -177,7 +177,7 @@ def _check_option(name, value, known):
 def _check_inputs(target, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
     """Raise ValueError for what a target's drafter cannot take: another's cache, tokens, shapes, too few uniforms."""
     if cache.fingerprint != target.fingerprint:
-        raise CacheError("this cache belongs to another model, or to other weights or another dtype")
+        raise CacheError("this cache belongs to another model, or to other weights, another dtype or KV storage")
     check_news(new_tokens_N, hidden_ND, cache, num_draft)
     token_ids(new_tokens_N, target.config.vocab_size, target.config.placeholders)
     wanted = (len(new_tokens_N), target.config.hidden_size)

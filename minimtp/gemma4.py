@@ -2,14 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 
 from .backend import arithmetic, array_module, gather, matmul
-from .cache import Cache, FullKV, SlidingKV
+from .cache import Cache
 from .checkpoint import CheckpointError, show
 from .config import config_size, config_value, layer_count, layer_kinds, placeholders, refuse_unsupported
+from .kv import FullKV, SlidingKV
+from .kv_storage import parse
 from .layers import (
+    KV_BLOCK,
     Output,
     Rope,
     Taps,
@@ -355,7 +359,7 @@ def rope_tables(config, positions_T, dtype):
     return {kind: rope_table(rope_frequencies(config.ropes[kind], dims[kind]), positions_T, dtype) for kind in dims}
 
 
-def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
+def forward(params, config, ids_T, cache, dtype, taps=(), last=None, progress=None):
     """Read ids_T after what the cache holds -> Output, with the logits of the last `last` of them (None: all).
 
     Depends on its arguments alone; the cache afterwards holds the tokens, or is as before where this raises.
@@ -363,7 +367,7 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
     ids_T = token_ids(ids_T, config.vocab_size, config.placeholders)
     if last is not None and last < 0:
         raise ValueError(f"last is {last}, wanted None or a number of rows")
-    tap = Taps(taps, len(config.layers))
+    tap = Taps(taps, len(config.layers), progress)
     with arithmetic(), cache.reading(ids_T) as start:
         positions_T = np.arange(start, start + len(ids_T))
         ropes = rope_tables(config, positions_T, dtype)
@@ -383,17 +387,52 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
     return Output(logits_TV, hidden_TD, *tap.collected())
 
 
-def new_cache(config, dtype, capacity, fingerprint, backend):
-    """An empty cache for `capacity` tokens (None: the model's context, grown as needed)."""
-    xp = array_module(backend)
+def new_cache(config, dtype, capacity, fingerprint, backend, kv=None, params=None):
+    """An empty cache for `capacity` tokens (None: the model's context, grown as needed).
+
+    kv: see kv_storage.parse; where only values are kept, keys are made of them with norms that params has.
+    """
+    xp, (storage, values_only) = array_module(backend), parse(kv, dtype)
+    keys_of = _key_makers(params, config, dtype) if values_only else {}
     layers = [
-        SlidingKV(layer.kv_heads, layer.head_dim, config.sliding_window, dtype, xp)
+        SlidingKV(layer.kv_heads, layer.head_dim, config.sliding_window, dtype, xp, storage)
         if layer.kind == "sliding"
-        else FullKV(layer.kv_heads, layer.head_dim, dtype, capacity or 0, xp)
-        for layer in config.layers
+        else FullKV(layer.kv_heads, layer.head_dim, dtype, capacity or 0, xp, storage, keys_of.get(i))
+        for i, layer in enumerate(config.layers)
         if layer.owns_kv
     ]
     return Cache(layers, capacity or config.max_position_embeddings, fingerprint)
+
+
+def _key_makers(params, config, dtype):
+    """{layer: what makes its keys of its values}, with one table of angles for all, made as far as it is needed."""
+    table = lru_cache(None)(partial(turning_table, config, dtype))
+    layers = enumerate(zip(config.layers, params.layers))
+    return {i: partial(keys_of_values, w.k_norm, table) for i, (layer, w) in layers if layer.k_eq_v and layer.owns_kv}
+
+
+def keys_of_values(weight_K, table, v_GBK, position):
+    """Keys of an attention_k_eq_v layer at `position` and on, of one block, made of their values -> [G, B, K].
+
+    Both are one projection, normed: the value without a weight, the key with one and then rotated. So the same
+    operations on what is held give the same numbers.
+    """
+    k_GBK, half = v_GBK * weight_K, len(weight_K) // 2
+    block, first = divmod(position, KV_BLOCK)
+    cos_BC, sin_BC = (rows_BC[first : first + k_GBK.shape[1]] for rows_BC in table(block))
+    turning = cos_BC.shape[1]
+    a_GBC, b_GBC = k_GBK[..., :turning].copy(), k_GBK[..., half : half + turning]
+    k_GBK[..., :turning] = a_GBC * cos_BC - b_GBC * sin_BC
+    k_GBK[..., half : half + turning] = b_GBC * cos_BC + a_GBC * sin_BC
+    return k_GBK
+
+
+def turning_table(config, dtype, block):
+    """(cos, sin) of a block's positions in full layers, for the angles that turn at all -> two [B, C] arrays."""
+    head_dim = next(layer.head_dim for layer in config.layers if layer.kind == "full")
+    frequencies_C = rope_frequencies(config.ropes["full"], head_dim)
+    positions_B = np.arange(block * KV_BLOCK, (block + 1) * KV_BLOCK)
+    return [table_B1C[:, 0] for table_B1C in rope_table(frequencies_C[frequencies_C > 0], positions_B, dtype)]
 
 
 def lendable_kv(config, cache):

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .checkpoint import CheckpointError, show
-from .quant import Plain, Quantized, ids_of, rows_of
+from .backend import scratch
+from .checkpoint import CheckpointError, release, show
+from .quant import Plain, Quantized, ids_of, release_rows, rows_of
 
-BLOCK = 1 << 17  # weights unpacked at a time: few calls, and what is computed on the way stays in cache
+BLOCK = 1 << 21  # weights unpacked at a time: in few calls, and what is computed on the way stays in a shared cache
 EACH_BYTE = 0x0101010101010101
 LARGEST_E8M0 = 252  # of an MXFP4 block: above, its largest weight overflows float32, and 255 is the format's NaN
 
@@ -41,13 +42,19 @@ class Blocks:
                 f"expected contiguous uint8 {list(stored)}"
             )
 
-    def rows(self, start, stop, dtype):
-        """Rows start … stop-1 -> new float [stop - start, in], C-contiguous. IndexError outside the weight."""
-        return self._unpack(self.data[rows_of(self, start, stop)], dtype)
+    def rows(self, start, stop, dtype, out=None):
+        """Rows start … stop-1 -> float [stop - start, in], C-contiguous, in `out` or new. IndexError outside it."""
+        data_RB = self.data[rows_of(self, start, stop)]
+        w_RI = self.unpack(data_RB, dtype, out)
+        release(data_RB)
+        return w_RI
 
     def take(self, ids, dtype):
         """The rows of an embedding -> new float [len(ids), in]. IndexError outside it."""
-        return self._unpack(self.data[ids_of(self, ids)], dtype)
+        ids = ids_of(self, ids)
+        w_RI = self.unpack(self.data[ids], dtype)
+        release_rows(self.data, ids)
+        return w_RI
 
     def dequantize(self, dtype):
         """-> new float [out, in]"""
@@ -57,10 +64,12 @@ class Blocks:
         """Read every scale; CheckpointError, by name, for a NaN or an infinity, or what would make one in float32."""
         b_N = _records(self.data, self.type)
         halves = [part for part in b_N.dtype.names if b_N.dtype[part] == np.float16]
-        for b in (b_N[at : at + BLOCK] for at in range(0, len(b_N), BLOCK)):
+        step = max(1, BLOCK // TYPES[self.type].block)
+        for b in (b_N[at : at + step] for at in range(0, len(b_N), step)):
             beyond = self.type == "MXFP4" and b["e"].max() > LARGEST_E8M0
             if beyond or not all(np.isfinite(b[part]).all() for part in halves):
                 raise CheckpointError(f"{show(self.name)}: NaN or infinite scales")
+            release(b)
 
     def as_quantized(self):
         """A Q4_0 weight as what every other int4 storage gives -> Quantized with float16 scales; a copy.
@@ -74,9 +83,10 @@ class Blocks:
         scales_OG = np.ascontiguousarray(b_N["d"]).reshape(O, -1)
         return Quantized(packed_OB, Plain(scales_OG, "F16", self.name), group=32, bits=4, name=self.name)
 
-    def _unpack(self, data_RB, dtype):
+    def unpack(self, data_RB, dtype, out=None):
+        """Rows as they are stored -> float [R, in], in `out` or new."""
         found, b_N = TYPES[self.type], _records(data_RB, self.type)
-        w_NK = np.empty((len(b_N), found.block), dtype)
+        w_NK = np.empty((len(b_N), found.block), dtype) if out is None else out.reshape(-1, found.block)
         step = max(1, BLOCK // found.block)
         for part in (slice(at, at + step) for at in range(0, len(b_N), step)):
             found.unpack(b_N[part], w_NK[part])
@@ -109,19 +119,28 @@ def _bytes(items_N):
     return np.ascontiguousarray(items_N).view(np.uint8).reshape(len(items_N), -1)
 
 
-def _codes(items_N, bits, run, times=1):
-    """Unsigned codes, of `run` bytes at a time first all the lowest bits, then all the next -> int8 [N, B·8/bits]."""
-    packed_W = _bytes(items_N).reshape(-1).view(np.uint64)  # shifted by eight bytes: the mask takes off what strays
-    codes_CW = packed_W >> np.arange(0, 8, bits, np.uint64)[:, None]
-    codes_CW &= ((1 << bits) - 1) * EACH_BYTE
-    if times > 1:
-        codes_CW *= times
-    runs_CN = codes_CW.view((np.void, run))
-    return np.ascontiguousarray(runs_CN.T).view(np.int8).reshape(len(items_N), -1)
+def _codes(items_N, bits, run, up=0):
+    """Unsigned codes, of `run` bytes at a time first all the lowest bits, then all the next -> int8 [N, B·8/bits].
+
+    up: by how much they are shifted. In this thread's scratch, one array for each number of bits.
+    """
+    items = scratch("packed", items_N.shape, items_N.dtype)
+    items[...] = items_N  # in one piece
+    packed_W, mask = items.view(np.uint64), ((1 << bits) - 1 << up) * EACH_BYTE
+    word_W = scratch("word", packed_W.shape, np.uint64)
+    codes_RC = scratch(f"codes {bits}", (packed_W.nbytes // run, 8 // bits), (np.void, run))
+    for c in range(8 // bits):  # shifted by eight bytes: the mask takes off what strays
+        down = c * bits - up
+        np.right_shift(packed_W, down, out=word_W) if down > 0 else np.left_shift(packed_W, -down, out=word_W)
+        word_W &= mask
+        codes_RC[:, c] = word_W.view((np.void, run))
+    return codes_RC.reshape(-1).view(np.int8).reshape(len(items_N), -1)
 
 
 def _unpack_q4_0(b, w_NK):
-    _scaled(w_NK, _codes(b["q"], 4, 16) - 8, _scale(b, "d", w_NK))
+    codes_NK = _codes(b["q"], 4, 16)
+    codes_NK -= 8
+    _scaled(w_NK, codes_NK, _scale(b, "d", w_NK))
 
 
 def _unpack_q4_1(b, w_NK):
@@ -165,7 +184,9 @@ def _sixteen_scales(words_N3):
 
 
 def _unpack_q3_k(b, w_NK):
-    codes_NK = (_codes(b["q"], 2, 32) | _codes(b["high"], 1, 32, times=4)) - 4
+    codes_NK = _codes(b["q"], 2, 32)
+    codes_NK |= _codes(b["high"], 1, 32, up=2)
+    codes_NK -= 4
     _scaled(w_NK, codes_NK, _scale(b, "d", w_NK) * (_sixteen_scales(b["scales"]) - 32))
 
 
@@ -189,11 +210,15 @@ def _unpack_q4_k(b, w_NK):
 
 
 def _unpack_q5_k(b, w_NK):
-    _scaled_q4_k(b, w_NK, _codes(b["q"], 4, 32) | _codes(b["high"], 1, 32, times=16))
+    codes_NK = _codes(b["q"], 4, 32)
+    codes_NK |= _codes(b["high"], 1, 32, up=4)
+    _scaled_q4_k(b, w_NK, codes_NK)
 
 
 def _unpack_q6_k(b, w_NK):
-    codes_NK = (_codes(b["q"], 4, 64) | _codes(b["high"], 2, 32, times=16)) - 32
+    codes_NK = _codes(b["q"], 4, 64)
+    codes_NK |= _codes(b["high"], 2, 32, up=4)
+    codes_NK -= 32
     _scaled(w_NK, codes_NK, _scale(b, "d", w_NK) * b["scales"])
 
 

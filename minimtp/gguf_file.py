@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .checkpoint import DTYPES, CheckpointError, RawTensor, map_file, show
+from .checkpoint import DTYPES, CheckpointError, RawTensor, map_file, release, show
 from .ggml import TYPES, Blocks
+from .quant import Plain, ids_of, release_rows, rows_of
 
 MAX_HEADER = 1 << 26  # bytes: four times the header with the largest vocabulary
 MAX_KEYS, MAX_TENSORS = 1 << 12, 1 << 17  # the latter after stacked experts are taken apart
@@ -42,15 +43,19 @@ class GgufTensor(RawTensor):
 
         In the published order, unless heads are not whole blocks: `weight` moves those.
         """
-        array = self.data.view(DTYPES.get(self.dtype, "u1")).reshape(*self.shape[:-1], -1)
+        array = self._in_file()
         if self.row_order is not None:
             array = array.take(self.row_order, 0)
         return array if self.head_order is None or self._cuts_blocks() else _put_in_order(array, self.head_order)
 
     def weight(self):
         """-> a tensor of ggml's types as a weight [out, in]. CheckpointError where it cannot be one."""
-        blocks = Blocks(self.stored(), self.dtype, self.shape, self.name)
-        return Reordered(blocks, self.head_order) if self._cuts_blocks() else blocks
+        blocks = Blocks(self._in_file(), self.dtype, self.shape, self.name)
+        as_published = self.row_order is None and self.head_order is None
+        return blocks if as_published else Reordered(blocks, self.row_order, self.head_order, self._cuts_blocks())
+
+    def _in_file(self):
+        return self.data.view(DTYPES.get(self.dtype, "u1")).reshape(*self.shape[:-1], -1)
 
     def _cuts_blocks(self):
         if self.head_order is None or self.dtype not in TYPES:
@@ -60,24 +65,49 @@ class GgufTensor(RawTensor):
 
 @dataclass(frozen=True, eq=False)
 class Reordered:
-    """A weight, as those of quant.py, whose rows are unpacked first and then have their columns put in order."""
+    """A weight, as those of quant.py, that is left as its file has it: rows are put in order where they are used."""
 
-    weight: Blocks
-    head_order: np.ndarray = field(repr=False)
-    shape = property(lambda self: self.weight.shape)
-    name = property(lambda self: self.weight.name)
+    blocks: Blocks
+    row_order: np.ndarray | None = field(repr=False)  # as in GgufTensor
+    head_order: np.ndarray | None = field(repr=False)
+    cuts_blocks: bool  # whether columns can only be moved once they are unpacked
+    shape = property(lambda self: self.blocks.shape)
+    name = property(lambda self: self.blocks.name)
 
-    def rows(self, start, stop, dtype):
-        return _put_in_order(self.weight.rows(start, stop, dtype), self.head_order)
+    def rows(self, start, stop, dtype, out=None):
+        rows = rows_of(self, start, stop)
+        return self._unpack(rows if self.row_order is None else self.row_order[rows], dtype, out)
 
     def take(self, ids, dtype):
-        return _put_in_order(self.weight.take(ids, dtype), self.head_order)
+        ids = ids_of(self, ids)
+        return self._unpack(ids if self.row_order is None else self.row_order[ids], dtype)
+
+    def part(self, start, stop):
+        """Rows start … stop-1 as a weight that holds what they do."""
+        if self.cuts_blocks:
+            return Plain(self.rows(start, stop, np.float32), "F32", self.name)
+        rows = slice(start, stop) if self.row_order is None else self.row_order[start:stop]
+        return Blocks(self._packed(rows), self.blocks.type, (stop - start, self.shape[1]), self.name)
 
     def dequantize(self, dtype):
         return self.rows(0, self.shape[0], dtype)
 
     def check_finite(self):
-        self.weight.check_finite()
+        self.blocks.check_finite()
+
+    def _packed(self, rows):
+        data_RB = self.blocks.data[rows]
+        if self.head_order is not None and not self.cuts_blocks:
+            data_RB = _put_in_order(data_RB, self.head_order)
+        if isinstance(rows, slice):
+            release(self.blocks.data[rows])
+        else:
+            release_rows(self.blocks.data, rows)
+        return data_RB
+
+    def _unpack(self, rows, dtype, out=None):
+        w_RI = self.blocks.unpack(self._packed(rows), dtype, out)
+        return _put_in_order(w_RI, self.head_order) if self.cuts_blocks else w_RI
 
 
 def _put_in_order(array, head_order):

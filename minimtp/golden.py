@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .acceptance import RULES, accept
-from .checkpoint import FLOATS, CheckpointError, read_json, read_safetensors, show, write_safetensors
+from .checkpoint import FLOATS, CheckpointError, new_file, read_json, read_safetensors, show, write_safetensors
 from .drafting import Draft, choose
 from .expected import Watched
 from .generate import generate
@@ -57,6 +57,7 @@ def record(target, drafter, prompt_ids, num_draft, rule, sampling, draft_samplin
             "name": target.path.name,
             "family": target.family.__name__.rpartition(".")[2],
             "fingerprint": target.fingerprint,
+            "kv": target.kv,
             "vocab_size": target.config.vocab_size,
             "hidden_size": target.config.hidden_size,
             "layers": len(target.config.layers),
@@ -127,7 +128,7 @@ def make(folder, golden, plain, precise, whole=None):
     floats = [name for name in precise if name not in EXACT and (whole or name not in LAWS)]
     arrays = {f"noise.{name}": differences(plain[name], precise[name])[0] for name in floats}
     for name in floats:
-        arrays |= _top(name, precise[name]) if name in LOGITS and not whole else {name: precise[name]}
+        arrays |= top_entries(name, precise[name]) if name in LOGITS and not whole else {name: precise[name]}
     arrays = {name: x.astype(np.float32) if x.dtype.kind == "f" else x for name, x in arrays.items()}
     arrays |= {name: precise[name] for name in LAWS if name in floats}
     row = 0
@@ -139,15 +140,23 @@ def make(folder, golden, plain, precise, whole=None):
         step["law_row"], row = row, row + len(at) + 1
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "golden.json").unlink(missing_ok=True)  # without it, there is no run
     write_safetensors(folder / "golden.safetensors", arrays, {"format": FORMAT})
-    text = json.dumps(golden, indent=1)
-    (folder / "golden.json").write_text(text + "\n", encoding="utf-8")
+    with new_file(folder / "golden.json") as file:
+        file.write(f"{json.dumps(golden, indent=1)}\n".encode())
 
 
-def _top(name, logits_TV):
-    """The largest logits of each row, largest first, and what normalizes them."""
-    ids_TM = np.argsort(-logits_TV, axis=-1, kind="stable")[:, :TOP]
+def top_entries(name, logits_TV, count=TOP):
+    """The `count` largest logits of each row, largest first, of equal ones the lower id, and what normalizes them."""
+    ids_TM = np.stack([_largest(-logits_V, count) for logits_V in logits_TV])
     return {f"{name}.top_ids": ids_TM, **_at(name, logits_TV, ids_TM)}
+
+
+def _largest(negative_V, count):
+    """np.argsort(negative_V, kind="stable")[:count], most of it not sorted."""
+    last = np.partition(negative_V, count - 1)[count - 1]
+    ids_N = np.flatnonzero(~(negative_V > last))
+    return ids_N[np.argsort(negative_V[ids_N], kind="stable")[:count]]
 
 
 def _at(name, logits_TV, ids_TM):

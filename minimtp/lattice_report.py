@@ -12,6 +12,7 @@ import numpy as np
 from . import lattice
 from .checkpoint import CheckpointError, bf16_to_float
 from .ggml import Blocks
+from .gguf_file import Reordered
 from .lattice import GROUP, OFF, ON, STEPS, UNDETERMINED, examine_weight
 from .loading import open_model
 from .parameters import read_weights
@@ -31,6 +32,8 @@ def _read_matrices(checkpoint, family, config):
 
 
 def _unified(matrix):
+    if isinstance(matrix, Reordered) and not matrix.cuts_blocks:
+        matrix = matrix.part(0, matrix.shape[0])
     return matrix.as_quantized() if isinstance(matrix, Blocks) and matrix.type == "Q4_0" else matrix
 
 

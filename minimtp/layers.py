@@ -6,6 +6,7 @@ E experts, X experts a token uses. In the gated delta rule: G key heads of width
 of the convolution and W its width.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ import numpy as np
 
 from .backend import ROWS, matmul
 
-ATTEND_ELEMENTS = 1 << 24  # scores held at a time in a wide pass
+ATTEND_ELEMENTS = 1 << 24  # scores held at a time
+KV_BLOCK = 256  # positions whose keys or values are unpacked at a time: few enough to stay in cache
 DELTA_BLOCK = 64  # tokens of a wide pass that the gated delta rule takes at once
 
 
@@ -32,17 +34,19 @@ class Output(NamedTuple):
 class Taps:
     """Watches a pass: called with a name and a value, keeps a copy of the value if the name was asked for.
 
-    What comes by as "layer.N.experts", the experts chosen, is also counted.
+    What comes by as "layer.N.experts", the experts chosen, is also counted. progress, if given, is called with the
+    number of layers done, and of all, after each.
     """
 
     PARTS = ("in", "attn", "mlp", "experts", "out")
 
-    def __init__(self, wanted, layers):
+    def __init__(self, wanted, layers, progress=None):
         known = {"embed", "final_norm", "logits", *(f"layer.{i}.{part}" for i in range(layers) for part in self.PARTS)}
         if unknown := set(wanted) - known:
             parts = "|".join(self.PARTS)
             raise ValueError(f"unknown tap {min(unknown)!r}: expected embed, layer.N.{parts}, final_norm or logits")
         self._wanted, self._kept, self._experts_read = frozenset(wanted), {}, 0
+        self._done, self._layers, self._progress = 0, layers, progress
 
     def within(self, prefix):
         """The same for names below a prefix."""
@@ -53,6 +57,9 @@ class Taps:
             self._kept[name] = x.copy()
         if name.endswith(".experts"):
             self._experts_read += len(np.unique(x))
+        if self._progress and name.startswith("layer.") and name.endswith(".out"):
+            self._done += 1
+            self._progress(self._done, self._layers)
         return x
 
     def collected(self):
@@ -163,21 +170,78 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
+class Blocks(NamedTuple):
+    """Keys or values that are no array: rows(first, last) makes the floats [G, last - first, K] of some of S slots.
+
+    Slot 0 holds position `start`.
+    """
+
+    shape: tuple  # (G, S, K)
+    start: int
+    rows: Callable
+
+    def each(self, low, high):
+        """Blocks of the slots low .. high - 1, cut at multiples of KV_BLOCK positions -> (first, last, floats)."""
+        for edge in range(low - (self.start + low) % KV_BLOCK, high, KV_BLOCK):
+            first, last = max(edge, low), min(edge + KV_BLOCK, high)
+            yield first, last, self.rows(first, last)
+
+
 def attend(q_THK, k_GSK, v_GSK, low_T, high_T, scale=1.0):
-    """Attention of each query t over the slots low_T[t] .. high_T[t] - 1 -> [T, H, K].
+    """Attention of each query t over the slots low_T[t] .. high_T[t] - 1 -> [T, H, K]. Keys and values may be Blocks.
 
     Narrow passes give every query exactly its own slots: masked padding would change the order of sums.
     """
     T, H, K = q_THK.shape
-    q_TGRK = (q_THK if scale == 1.0 else q_THK * scale).reshape(T, len(k_GSK), -1, K)
+    q_TGRK = (q_THK if scale == 1.0 else q_THK * scale).reshape(T, k_GSK.shape[0], -1, K)
     if T > ROWS:
         return _attend_wide(q_TGRK, k_GSK, v_GSK, np.asarray(low_T), np.asarray(high_T)).reshape(T, H, K)
+    if isinstance(k_GSK, Blocks):
+        return _attend_blocks(q_TGRK, k_GSK, v_GSK, low_T, high_T).reshape(T, H, K)
     out_TGRK = np.empty_like(q_TGRK)
     for t in range(T):
         slots = slice(low_T[t], high_T[t])
         weights_GRS = softmax(q_TGRK[t] @ k_GSK[:, slots].transpose(0, 2, 1))
         np.matmul(weights_GRS, v_GSK[:, slots], out=out_TGRK[t])
     return out_TGRK.reshape(T, H, K)
+
+
+def _attend_blocks(q_TGRK, k_GSK, v_GSK, low_T, high_T):
+    """The same over Blocks, which are made once for as many queries as their scores leave room for."""
+    T, G, R, _ = q_TGRK.shape
+    out_TGRK, most = np.empty_like(q_TGRK), max(1, ATTEND_ELEMENTS // (G * R * k_GSK.shape[1]))
+    for start in range(0, T, most):
+        t = slice(start, start + most)
+        weights = _scores_by_block(q_TGRK[t], k_GSK, low_T[t], high_T[t])
+        for i, scores_GRS in enumerate(weights):
+            weights[i] = softmax(scores_GRS)
+        out_TGRK[t] = _sums_by_block(weights, v_GSK, low_T[t], high_T[t])
+    return out_TGRK
+
+
+def _scores_by_block(q_TGRK, k_GSK, low_T, high_T):
+    """Each query's scores over its slots -> list of [G, R, high - low]; a block of keys is made once for all.
+
+    Blocks lie at the same positions in every pass, so a query's scores and sums come from the same operations in all.
+    """
+    scores = [np.empty((*q_TGRK.shape[1:3], high - low), q_TGRK.dtype) for low, high in zip(low_T, high_T)]
+    for first, last, k_GBK in k_GSK.each(min(low_T), max(high_T)):
+        for q_GRK, scores_GRS, low, high in zip(q_TGRK, scores, low_T, high_T):
+            a, b = max(first, low), min(last, high)
+            if a < b:
+                scores_GRS[..., a - low : b - low] = q_GRK @ k_GBK[:, a - first : b - first].transpose(0, 2, 1)
+    return scores
+
+
+def _sums_by_block(weights, v_GSK, low_T, high_T):
+    """Each query's weighted sum of the values of its slots, block after block -> [T, G, R, K]."""
+    out_TGRK = np.zeros((len(weights), *weights[0].shape[:2], v_GSK.shape[2]), weights[0].dtype)
+    for first, last, v_GBK in v_GSK.each(min(low_T), max(high_T)):
+        for out_GRK, weights_GRS, low, high in zip(out_TGRK, weights, low_T, high_T):
+            a, b = max(first, low), min(last, high)
+            if a < b:
+                out_GRK += weights_GRS[..., a - low : b - low] @ v_GBK[:, a - first : b - first]
+    return out_TGRK
 
 
 def _attend_wide(q_TGRK, k_GSK, v_GSK, low_T, high_T):
@@ -191,9 +255,16 @@ def _attend_wide(q_TGRK, k_GSK, v_GSK, low_T, high_T):
         slots_S = np.arange(first, last)
         seen_TS = (slots_S >= low_T[t, None]) & (slots_S < high_T[t, None])
         q_GRTK = q_TGRK[t].transpose(1, 2, 0, 3)
-        scores_GRTS = q_GRTK @ k_GSK[:, None, first:last].swapaxes(-1, -2)
-        weights_GRTS = softmax(np.where(seen_TS, scores_GRTS, -np.inf))
-        out_TGRK[t] = (weights_GRTS @ v_GSK[:, None, first:last]).transpose(2, 0, 1, 3)
+        if isinstance(k_GSK, Blocks):  # all these queries as one
+            q_GXK, ends = np.ascontiguousarray(q_GRTK).reshape(G, -1, K), ([first], [last])
+            scores_GRTS = _scores_by_block(q_GXK[None], k_GSK, *ends)[0].reshape(*q_GRTK.shape[:3], -1)
+            weights_GXS = softmax(np.where(seen_TS, scores_GRTS, -np.inf)).reshape(G, q_GXK.shape[1], -1)
+            sums_GRTK = _sums_by_block([weights_GXS], v_GSK, *ends).reshape(q_GRTK.shape)
+        else:
+            scores_GRTS = q_GRTK @ k_GSK[:, None, first:last].swapaxes(-1, -2)
+            weights_GRTS = softmax(np.where(seen_TS, scores_GRTS, -np.inf))
+            sums_GRTK = weights_GRTS @ v_GSK[:, None, first:last]
+        out_TGRK[t] = sums_GRTK.transpose(2, 0, 1, 3)
     return out_TGRK
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +10,15 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from . import gemma4, gemma4_assistant, qwen35, qwen35_mtp
+from . import gemma4, gemma4_assistant, kv_storage, qwen35, qwen35_mtp
 from .backend import array_module
 from .cache import CacheError
-from .checkpoint import Checkpoint, CheckpointError, bf16_to_float, float_to_bf16, open_checkpoint, show
+from .checkpoint import Checkpoint, CheckpointError, bf16_to_float, float_to_bf16, open_checkpoint, release, show
 from .drafting import GemmaAssistant, MtpLayer, PromptLookup
 from .gguf_model import open_gguf
+from .memory import component_of
 from .parameters import read_parameters
+from .plan import available_memory, make_plan
 from .text import Tokenizer, load_chat_template, load_tokenizer
 
 TARGETS = (gemma4, qwen35)
@@ -41,6 +44,7 @@ class Target:
     generation_config: dict
     path: Path  # what was opened: a folder, or one file
     has_mtp: bool  # whether it holds its drafter, too
+    kv: str | None = None  # the storage of its caches' keys and values; None: as dtype
 
     @property
     def folder(self):
@@ -52,7 +56,8 @@ class Target:
         limit = self.config.max_position_embeddings
         if capacity is not None and not 1 <= capacity <= limit:
             raise CacheError(f"a cache of {capacity} tokens does not suit a context of {limit}")
-        return self.family.new_cache(self.config, self.dtype, capacity, self.fingerprint, self.backend)
+        settings = self.fingerprint, self.backend, self.kv, self.params
+        return self.family.new_cache(self.config, self.dtype, capacity, *settings)
 
     def load_cache(self, path, capacity=None):
         """The cache that `cache.save(path)` wrote. Raises CacheError or CheckpointError if it is not this model's."""
@@ -62,15 +67,16 @@ class Target:
             raise CacheError(f"{path} holds token {max(cache.tokens)} of a vocabulary of {self.config.vocab_size}")
         return cache
 
-    def forward(self, ids_T, cache, taps=(), last=None):
+    def forward(self, ids_T, cache, taps=(), last=None, progress=None):
         """Read ids_T after what the cache holds -> layers.Output, with logits of the last `last` rows (None: all).
 
+        progress, if given, is called with the number of layers done, and of all, after each.
         Raises ValueError for ids that cannot be read, CacheError for another model's cache or a full one; the cache is
         then as before.
         """
         if cache.fingerprint != self.fingerprint:
-            raise CacheError("this cache belongs to another model, or to other weights or another dtype")
-        return self.family.forward(self.params, self.config, ids_T, cache, self.dtype, taps, last)
+            raise CacheError("this cache belongs to another model, or to other weights, another dtype or KV storage")
+        return self.family.forward(self.params, self.config, ids_T, cache, self.dtype, taps, last, progress)
 
     def chat_template(self):
         """The checkpoint's ChatTemplate, or None."""
@@ -130,23 +136,26 @@ def parse_model(config, where, role=None):
     return family, family.parse_config(config)
 
 
-def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact"):
+def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact", kv=None):
     """Load a target model from a checkpoint folder or GGUF file, or by the name of a bundled one -> Target.
 
     dtype: "float32", or "float64", the ground truth that errors are measured against. keep: weights "packed" as
     stored, unpacked at every use, or unpacked once ("dense"); "auto" unpacks where half of the free memory allows it.
-    embed_scale: sqrt(hidden size) "exact", or rounded to "bf16" as transformers does where it computes in bf16.
-    Raises CheckpointError or BackendError, one line that names the thing.
+    embed_scale: sqrt(hidden size) "exact", or rounded to "bf16" as transformers does where it computes in bf16. kv: how
+    caches keep keys and values, one of kv_storage.NAMES (None: as dtype).
+    Raises CheckpointError or BackendError, one line that names the thing, or plan.DoesNotFit, one with the numbers.
     """
     for name, value, known in (
         ("dtype", dtype, DTYPES),
         ("keep", keep, KEEPS),
         ("embed_scale", embed_scale, ("exact", "bf16")),
+        ("kv", kv or dtype, kv_storage.NAMES),
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     array_module(backend)
     checkpoint, family, config = open_model(path, "target")
+    _check_room(checkpoint, family, config, np.dtype(dtype), keep)
     if embed_scale == "bf16" and hasattr(config, "embed_scale"):
         config = replace(config, embed_scale=float(bf16_to_float(float_to_bf16(config.embed_scale))))
     return Target(
@@ -157,11 +166,33 @@ def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact
         tokenizer=load_tokenizer(checkpoint, config.vocab_size),
         dtype=np.dtype(dtype),
         backend=backend,
-        fingerprint=_fingerprint(checkpoint, dtype, embed_scale),
+        fingerprint=fingerprint(checkpoint, dtype, embed_scale, *[kv] * (kv not in (None, dtype))),
         generation_config=_generation_config(checkpoint),
         path=resolve(path),
-        has_mtp=any(map(qwen35_mtp.owns, checkpoint.tensors)) or getattr(checkpoint, "drafter", None) is not None,
+        has_mtp=holds_drafter(checkpoint),
+        kv=kv,
     )
+
+
+def holds_drafter(checkpoint):
+    """Whether a target's checkpoint holds its drafter, too."""
+    return any(map(qwen35_mtp.owns, checkpoint.tensors)) or getattr(checkpoint, "drafter", None) is not None
+
+
+def _check_room(checkpoint, family, config, dtype, keep):
+    """Raise plan.DoesNotFit where weights are to be unpacked that the machine has no memory for.
+
+    Packed ones, and those stored in the run's own dtype, stay in their file: the system gives their pages back.
+    """
+    if keep == "dense":
+        weights, own = {}, {"float32": "F32", "float64": "F64"}[dtype.name]
+        for place, (_, shape, kind) in family.tensors(config).items():
+            if kind != "unused":
+                key = component_of(place), dtype.name
+                weights[key] = weights.get(key, 0) + math.prod(shape) * dtype.itemsize
+        room = available_memory() + checkpoint.stored_bytes().get(own, 0)
+        plan = make_plan(str(checkpoint.folder), config, weights, 1, dtype.name, memory=room, driver=0, scratch=0)
+        plan.check(" that are free: keep packed leaves weights in their file")
 
 
 def published(name):
@@ -191,14 +222,24 @@ def load_drafter(path, target, keep="auto", **options):
     if folder is None:
         beside = " or ".join(path.name for path in _beside(target))
         raise CheckpointError(f"no drafter for {target.folder}: no mtp.* tensors in it, and no {beside} beside it")
-    checkpoint, family, config = open_model(folder, "drafter")
+    checkpoint, family, config = open_drafter(folder, target)
+    _check_room(checkpoint, family, config, target.dtype, keep)
+    params = read_parameters(checkpoint, family, config, target.dtype, keep)
+    return DRAFTERS[family](params, config, target, **options)
+
+
+def open_drafter(path, target):
+    """Open the drafter of a target, of which family and config are looked at -> as open_model.
+
+    Raises CheckpointError where it is none or does not fit.
+    """
+    checkpoint, family, config = open_model(path, "drafter")
     if not any(map(family.owns, checkpoint.tensors)):
         raise CheckpointError(f"{checkpoint.folder} has no mtp.* tensors, so no drafter")
     if family.TARGET is not target.family:
         raise CheckpointError("drafter does not fit its target: it is another family's")
     family.check_fits(config, target.config)
-    params = read_parameters(checkpoint, family, config, target.dtype, keep)
-    return DRAFTERS[family](params, config, target, **options)
+    return checkpoint, family, config
 
 
 def find_drafter(target):
@@ -235,13 +276,14 @@ def resolve(path):
     return path if path.exists() or not is_name else bundled(path.name) or path
 
 
-def _fingerprint(checkpoint, *settings):
+def fingerprint(checkpoint, *settings):
     """A hash of the configuration, the settings, and every tensor's name, shape and a sample of its bytes."""
     digest = hashlib.sha256(json.dumps([checkpoint.config, settings], sort_keys=True).encode())
     for name, raw in sorted(checkpoint.tensors.items()):
         digest.update(f"{name} {raw.dtype} {raw.shape}".encode())
         sample = (raw.data[:1024], raw.data[-1024:], raw.data[:: max(1, raw.data.size // 16)])
         digest.update(b"".join(part.tobytes() for part in sample))
+        release(raw.data)
     return digest.hexdigest()
 
 

@@ -4,10 +4,11 @@ import math
 from dataclasses import asdict
 
 COMPONENTS = {  # the last part of a tensor's place -> what it counts as
-    **dict.fromkeys(("embed_tokens", "lm_head", "centroids"), "embedding"),
+    **dict.fromkeys(("embed_tokens", "lm_head", "centroids", "token_ordering"), "embedding"),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention"),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
-    **dict.fromkeys(("experts_gate_up_proj", "experts_down_proj", "router_proj", "router"), "experts"),
+    **dict.fromkeys(("experts_gate_up_proj", "experts_gate_proj", "experts_up_proj", "experts_down_proj"), "experts"),
+    **dict.fromkeys(("router_proj", "router"), "experts"),
     **dict.fromkeys(("shared_expert_gate_proj", "shared_expert_up_proj", "shared_expert_down_proj"), "shared expert"),
     "shared_expert_gate": "shared expert",
     **dict.fromkeys(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"), "deltanet"),
@@ -23,42 +24,75 @@ def parameters(table):
     counts = {}
     for place, (_, shape, kind) in table.items():
         if kind != "permutation":
-            component = COMPONENTS.get(place.split(".")[-1], "norms")
+            component = component_of(place)
             counts[component] = counts.get(component, 0) + math.prod(shape)
     return {**counts, "total": sum(counts.values())}
 
 
-# Storage formats as Google publishes them: kind or place of a tensor -> (bytes of a block, its weights).
-FORMATS = {
-    "bf16": {"linear": (2, 1), "embedding": (2, 1), "vector": (2, 1)},
-    "q4_0": {  # GGUF: Q4_0 linears, Q6_K embeddings, what is small in F32, and one table of 256 rotary factors
-        "linear": (18, 32),
-        "embedding": (210, 256),
-        "vector": (4, 1),
-        "router_proj": (4, 1),
-        "per_layer_model_projection": (2, 1),
-        "extra": 1024,
-    },
-    "w4a16-ct": {  # compressed-tensors, bf16 scales; the published files also repeat the embedding as an untied head
-        "linear": (18, 32),
-        "embedding": (2, 1),
-        "vector": (2, 1),
-        "router_proj": (2, 1),
-    },
+# How a weight is stored -> bytes of a block, its weights, bytes that every row has besides
+TYPES = {
+    "F32": (4, 1, 0),
+    "F16": (2, 1, 0),
+    "BF16": (2, 1, 0),
+    "Q8_0": (34, 32, 0),
+    "Q6_K": (210, 256, 0),
+    "Q4_0": (18, 32, 0),
+    "INT4": (18, 32, 0),  # compressed-tensors, in groups of 32 with bf16 scales
+    "INT8 rows": (1, 1, 4),  # one float32 scale a row
+    "INT4 rows": (1, 2, 4),
 }
+SMALL = ("router", "router_proj", "shared_expert_gate", "in_proj_a", "in_proj_b", "centroids")
+
+
+def _format(linear, embedding, small, **others):
+    return {"linear": linear, "experts": linear, "embedding": embedding, "small": small, **others}
+
+
+FORMATS = {  # kind or place of a tensor -> its type
+    "bf16": _format("BF16", "BF16", "BF16"),
+    "q4_0": _format("Q4_0", "Q6_K", "F32", per_layer_model_projection="F16"),  # GGUF as Google publishes it
+    "q4_0-all": _format("Q4_0", "Q4_0", "F32", per_layer_model_projection="F16"),
+    "q8_0": _format("Q8_0", "Q8_0", "F32", in_proj_a="Q8_0", in_proj_b="Q8_0"),
+    "w4a16-ct": _format("INT4", "BF16", "BF16"),  # the copy of the embedding that its files have as a head is not read
+    "w4a16-ct-stored": _format("INT4", "BF16", "BF16", repeats_head=True),
+    "int4-int8-embed": _format("INT4", "INT8 rows", "BF16"),
+    "int4-rows": _format("INT4 rows", "BF16", "BF16"),  # these two cannot hold QAT weights in groups of 32
+    "int4-rows-int8-embed": _format("INT4 rows", "INT8 rows", "BF16"),
+}
+FACTORS = 1024  # bytes of the rotary factors in a GGUF file of Gemma 4
+
+
+def stored_parts(table, format):
+    """{(component, type): bytes} of a family's tensors(config) in one of FORMATS, without those that no layer uses."""
+    types, parts = FORMATS[format], {}
+    if types.get("repeats_head"):
+        table = {**table, "lm_head": table["embed_tokens"]}
+
+    def count(place, type, size):
+        key = component_of(place), type
+        parts[key] = parts.get(key, 0) + size
+
+    for place, (_, shape, kind) in table.items():
+        name = place.split(".")[-1]
+        if kind == "permutation":
+            count(place, "I64", 8 * shape[0])
+        elif kind != "unused":
+            type = types.get(name) or types[kind if kind in types and name not in SMALL else "small"]
+            size, weights, row = TYPES[type]
+            count(place, type, math.prod(shape) * size // weights + math.prod(shape[:-1]) * row)
+    if "F32" in types.values() and "layers.0.layer_scalar" in table:
+        count("norm", "F32", FACTORS)
+    return parts
 
 
 def stored_bytes(table, format):
-    """Bytes of a family's tensors(config) in one of FORMATS, without those that no layer uses."""
-    costs, total = FORMATS[format], FORMATS[format].get("extra", 0)
-    for place, (_, shape, kind) in table.items():
-        if kind == "permutation":
-            total += 8 * math.prod(shape)
-        elif kind != "unused":
-            kind = {"experts": "linear", "zero_centred": "vector"}.get(kind, kind)
-            size, weights = costs.get(place.split(".")[-1], costs[kind])
-            total += math.prod(shape) * size // weights
-    return total
+    """All of stored_parts."""
+    return sum(stored_parts(table, format).values())
+
+
+def component_of(place):
+    """What a tensor counts as, from its place in the parameters."""
+    return COMPONENTS.get(place.split(".")[-1], "norms")
 
 
 def describe(config, table, context, itemsize=4, formats=tuple(FORMATS), mtp_table=None):

@@ -8,8 +8,10 @@ import numpy as np
 from .backend import Rounded
 from .checkpoint import CheckpointError, show
 from .formats import parse_quantization, read_weight
+from .ggml import Blocks
+from .memory import component_of
 from .mobile import ACTIVATION_SCALES, MobileConfig, cache_scales, read_scalar
-from .quant import Plain
+from .quant import Plain, Quantized
 
 PREFIXES = ("model.language_model.", "language_model.model.")  # spellings of "model."
 VECTORS = ("vector", "zero_centred", "plus_one")  # kinds of tensors that are always unpacked
@@ -50,6 +52,34 @@ def read_weights(checkpoint, family, config):
     if tensors:
         more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
         raise CheckpointError(f"{checkpoint.folder}: unknown tensor {show(min(tensors))}{more}")
+
+
+def stored_parts(checkpoint, family, config):
+    """{(component, type): bytes} of what a model uses of a checkpoint, as stored there. Raises CheckpointError."""
+    parts = {}
+    for _, _, found in read_weights(checkpoint, family, config):
+        for place, value in found:
+            for weight in value if isinstance(value, list) else [value]:
+                type, size = _stored(weight)
+                key = component_of(place), type
+                parts[key] = parts.get(key, 0) + size
+    return parts
+
+
+def _stored(weight):
+    """(type, bytes) of what read_weights gives."""
+    match weight:
+        case Rounded():
+            return _stored(weight.weight)
+        case Plain():
+            return weight.dtype, weight.stored.nbytes
+        case Blocks():
+            return weight.type, weight.data.nbytes
+        case Quantized():
+            zeros = 0 if weight.zeros is None else weight.zeros.nbytes
+            return f"INT{weight.bits}", weight.packed.nbytes + weight.scales.stored.nbytes + zeros
+        case _:
+            return "I64", weight.nbytes
 
 
 def find_prefix(checkpoint):

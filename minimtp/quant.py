@@ -1,21 +1,19 @@
 """Weights as they are stored, plain or quantized, and their float rows on demand.
 
-A weight has `shape` (out, in), `rows(start, stop, dtype)`, `take(ids, dtype)`, `dequantize` and `check_finite`; nothing
-that consumes it knows more.
+A weight has `shape` (out, in), `rows(start, stop, dtype, out)`, `take(ids, dtype)`, `dequantize` and `check_finite`;
+nothing that consumes it knows more. Pages of a mapped file that were unpacked, or checked, are given back.
 Letters: O output and I input features, R some of the rows O; along I: G groups of K, or B bytes of C codes.
 """
 
 from dataclasses import dataclass, field
-from functools import cache
 
 import numpy as np
 
-from .checkpoint import DTYPES, FLOATS, CheckpointError, bf16_to_float, float_to_bf16, show
+from .backend import scratch
+from .checkpoint import DTYPES, FLOATS, CheckpointError, bf16_to_float, float_to_bf16, release, show
 
 EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # all ones: infinite or NaN
-# Weights handled at a time. What is computed on the way stays in cache, and small enough that the allocator keeps it:
-# the look-up's index for a whole tile would be returned to the system and paged in again, at a sixth of the speed.
-BLOCK = 1 << 16
+BLOCK = 1 << 21  # weights unpacked at a time: in few calls, and what is computed on the way stays in a shared cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +32,24 @@ class Plain:
     def shape(self):
         return self.stored.shape
 
-    def rows(self, start, stop, dtype):
-        """Rows start … stop-1 -> float [stop - start, in], C-contiguous; as stored, a read-only view."""
-        return self._widen(self.stored[rows_of(self, start, stop)], dtype)
+    def rows(self, start, stop, dtype, out=None):
+        """Rows start … stop-1 -> float [stop - start, in], C-contiguous: in `out`, or as stored a read-only view."""
+        stored = self.stored[rows_of(self, start, stop)]
+        if out is None:
+            return self._widen(stored, dtype)
+        if self.dtype == "BF16" and out.dtype == np.float32:
+            bf16_to_float(stored, out=out)
+        else:
+            out[...] = self._widen(stored, dtype)
+        release(stored)
+        return out
 
     def take(self, ids, dtype):
         """The rows of an embedding -> float [len(ids), in]. IndexError outside it."""
-        return self._widen(self.stored[ids_of(self, ids)], dtype)
+        ids = ids_of(self, ids)
+        taken = self._widen(self.stored[ids], dtype)
+        release_rows(self.stored, ids)
+        return taken
 
     def dequantize(self, dtype):
         """-> float [out, in]"""
@@ -54,6 +63,7 @@ class Plain:
         for start in range(0, len(bits_N), BLOCK):
             if ((bits_N[start : start + BLOCK] & exponent) == exponent).any():
                 raise CheckpointError(f"{show(self.name)}: NaN or infinite values")
+            release(bits_N[start : start + BLOCK])
 
     def _widen(self, stored, dtype):
         if self.dtype == "BF16":
@@ -93,14 +103,20 @@ class Quantized:
     def shape(self):
         return self.packed.shape[0], self.packed.shape[1] * 8 // self.bits
 
-    def rows(self, start, stop, dtype):
-        """Rows start … stop-1 -> new float [stop - start, in], C-contiguous; in float64 the exact products."""
-        return self._unpack(rows_of(self, start, stop), self.scales.rows(start, stop, dtype))
+    def rows(self, start, stop, dtype, out=None):
+        """Rows start … stop-1 -> float [stop - start, in], C-contiguous, in `out` or new; in float64 exact products."""
+        rows = rows_of(self, start, stop)
+        w_RI = self._unpack(rows, self.scales.rows(start, stop, dtype), out)
+        release(self.packed[rows])
+        release(self.scales.stored[rows])
+        return w_RI
 
     def take(self, ids, dtype):
         """The rows of an embedding -> new float [len(ids), in]. IndexError outside it."""
         ids = ids_of(self, ids)
-        return self._unpack(ids, self.scales.take(ids, dtype))
+        w_RI = self._unpack(ids, self.scales.take(ids, dtype))
+        release_rows(self.packed, ids)
+        return w_RI
 
     def dequantize(self, dtype):
         """-> new float [out, in]"""
@@ -111,37 +127,49 @@ class Quantized:
         self.scales.check_finite()
         if self.scales.dtype != "F16" and np.abs(self.scales.dequantize("float32")).max() >= 2.0 ** (128 - self.bits):
             raise CheckpointError(f"{show(self.name)}: scales that make weights beyond float32")
+        release(self.scales.stored)
 
     def codes(self):
         """-> int8 [out, in], the signed codes, for inspection."""
-        return _levels(self.bits, np.dtype(np.int8))[self.packed].reshape(self.shape)
+        codes_OI = np.empty(self.shape, np.int8)
+        for block in self._blocks(len(codes_OI)):
+            codes_OI[block] = _codes(self.packed[block], self.bits)
+        return codes_OI
 
-    def _unpack(self, rows, scales_RG):
-        zeros_RG = None if self.zeros is None else self.zeros[rows].astype(scales_RG.dtype)
-        return _unpack(self.packed[rows], scales_RG, zeros_RG, self.bits)
+    def _blocks(self, rows):
+        height = max(1, BLOCK // self.shape[1])
+        return [slice(start, start + height) for start in range(0, rows, height)]
+
+    def _unpack(self, rows, scales_RG, out=None):
+        """-> [R, I] in the scales' dtype."""
+        packed_RB, zeros_RG = self.packed[rows], None if self.zeros is None else self.zeros[rows]
+        shape = len(packed_RB), self.shape[1]
+        w_RI = np.empty(shape, scales_RG.dtype) if out is None else out
+        w_RGK = w_RI.reshape(*scales_RG.shape, self.group)
+        for block in self._blocks(shape[0]):
+            w_RI[block] = _codes(packed_RB[block], self.bits)
+            if zeros_RG is not None:
+                w_RGK[block] -= zeros_RG[block, :, None]  # exact: small integers
+            w_RGK[block] *= scales_RG[block, :, None]
+        return w_RI
 
 
-@cache
-def _levels(bits, dtype):
-    """The codes in every possible byte, biased back -> [256, 8/bits], lowest bits first."""
-    count = 1 << bits
-    levels = (np.arange(256)[:, None] >> np.arange(0, 8, bits)) % count - count // 2
-    return levels.astype(dtype)
+# How the codes of a byte come to lie in as many bytes: unsigned type of these, then (shift, mask), first to last
+SPREAD = {2: ("<u4", (12, 0x000F000F), (6, 0x03030303)), 4: ("<u2", (4, 0x0F0F)), 8: ("u1",)}
 
 
-def _unpack(packed_RB, scales_RG, zeros_RG, bits):
-    """-> [R, I] in the scales' dtype. One look-up gives all codes of a byte, already floats."""
-    levels = _levels(bits, scales_RG.dtype)
-    (R, B), G, C = packed_RB.shape, scales_RG.shape[1], levels.shape[1]
-    w_RBC = np.empty((R, B, C), scales_RG.dtype)
-    w_RGK = w_RBC.reshape(R, G, B * C // G)
-    height = max(1, BLOCK // (B * C))
-    for block in (slice(start, start + height) for start in range(0, R, height)):
-        np.take(levels, packed_RB[block], axis=0, out=w_RBC[block], mode="clip")  # mode "raise" would buffer `out`
-        if zeros_RG is not None:
-            w_RGK[block] -= zeros_RG[block, :, None]  # exact: small integers
-        w_RGK[block] *= scales_RG[block, :, None]
-    return w_RBC.reshape(R, B * C)
+def _codes(packed_RB, bits):
+    """-> int8 [R, I], the signed codes, in this thread's scratch."""
+    word, *steps = SPREAD[bits]
+    word_RB, moved_RB = (scratch(f"codes {name}", packed_RB.shape, word) for name in ("word", "moved"))
+    word_RB[...] = packed_RB
+    for shift, mask in steps:
+        np.left_shift(word_RB, shift, out=moved_RB)
+        word_RB |= moved_RB
+        word_RB &= mask
+    codes_RI = word_RB.view(np.int8)
+    codes_RI -= np.uint8(1 << bits - 1).view(np.int8)
+    return codes_RI
 
 
 def find_tensor(tensors, name, dtypes, shape, said=""):
@@ -166,6 +194,20 @@ def ids_of(weight, ids):
     if ids.size and not (0 <= ids.min() and ids.max() < weight.shape[0]):
         raise IndexError(f"{show(weight.name)}: row {ids.min()} or {ids.max()} of {weight.shape[0]}")
     return ids
+
+
+def release_all(weight):
+    """Give back the pages of a Plain, Quantized or Blocks."""
+    scales = getattr(weight, "scales", None)
+    for array in (*(getattr(weight, name, None) for name in ("stored", "packed", "data")), scales and scales.stored):
+        if array is not None:
+            release(array)
+
+
+def release_rows(array, ids):
+    """Give back the pages between the first and the last of the rows."""
+    if ids.size:
+        release(array[ids.min() : ids.max() + 1])
 
 
 def pack(w_OI, group=32, name=""):

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from .backend import arithmetic, array_module, gather, matmul
-from .cache import Cache, DeltaState, DrafterKV, FullKV
+from .cache import Cache
 from .checkpoint import CheckpointError, show
 from .config import config_size, config_value, layer_count, layer_kinds, placeholders, refuse_unsupported
+from .delta_state import DeltaState
+from .drafter_kv import DrafterKV
+from .kv import FullKV
+from .kv_storage import parse
 from .layers import (
     Output,
     Rope,
@@ -343,7 +347,7 @@ def head(params, config, hidden_TD):
     return matmul(hidden_TD, params.lm_head)
 
 
-def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
+def forward(params, config, ids_T, cache, dtype, taps=(), last=None, progress=None):
     """Read ids_T after what the cache holds -> Output, with the logits of the last `last` of them (None: all).
 
     Depends on its arguments alone; the cache afterwards holds the tokens, or is as before where this raises.
@@ -351,7 +355,7 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
     ids_T = token_ids(ids_T, config.vocab_size, config.placeholders)
     if last is not None and last < 0:
         raise ValueError(f"last is {last}, wanted None or a number of rows")
-    tap = Taps(taps, len(config.layers))
+    tap = Taps(taps, len(config.layers), progress)
     with arithmetic(), cache.reading(ids_T) as start:
         rope = rope_at(config, np.arange(start, start + len(ids_T)), dtype)
         x_TD = tap("embed", embed(params, config, ids_T, dtype))
@@ -364,14 +368,18 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None):
     return Output(logits_TV, hidden_TD, *tap.collected())
 
 
-def new_cache(config, dtype, capacity, fingerprint, backend):
-    """An empty cache for `capacity` tokens (None: the model's context, grown as needed)."""
-    xp = array_module(backend)
+def new_cache(config, dtype, capacity, fingerprint, backend, kv=None, params=None):
+    """An empty cache for `capacity` tokens (None: the model's context, grown as needed); kv: see kv_storage.parse.
+
+    No key can be made of its value here. A state is kept in the run's dtype whatever kv is: it sums up the whole text.
+    """
+    xp, (storage, _) = array_module(backend), parse(kv, dtype)
     layers = [
-        FullKV(layer.kv_heads, layer.head_dim, dtype, capacity or 0, xp)
+        FullKV(layer.kv_heads, layer.head_dim, dtype, capacity or 0, xp, storage)
         if layer.kind == "full"
         else DeltaState(layer.key_heads, layer.value_heads, layer.key_dim, layer.value_dim, layer.kernel, dtype, xp)
         for layer in config.layers
     ]
-    drafter = DrafterKV(config.attention.kv_heads, config.attention.head_dim, config.hidden_size, dtype, xp)
+    attention = config.attention
+    drafter = DrafterKV(attention.kv_heads, attention.head_dim, config.hidden_size, dtype, xp, storage)
     return Cache(layers, capacity or config.max_position_embeddings, fingerprint, drafter)

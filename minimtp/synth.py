@@ -6,8 +6,6 @@ a generator seeded with its name, which is moved to where they stand: the same r
 
 import math
 import os
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -15,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 from . import gemma4, gemma4_assistant, qwen35, qwen35_mtp
-from .checkpoint import DTYPES, CheckpointError, float_to_bf16, read_json
+from .checkpoint import DTYPES, CheckpointError, float_to_bf16, read_json, sweep, temporary
 from .convert import write_checkpoint
 from .ggml import TYPES, Blocks
 from .gguf_write import FILE_TYPES
@@ -39,15 +37,12 @@ def synthesize(config, dst, format="bf16", layers=None, seed=0, progress=None):
     source, dst = make_source(raw if layers is None else keep_layers(raw, layers), format, seed), Path(dst)
     if format not in FILE_TYPES or dst.suffix == ".gguf":
         return write_checkpoint(source, dst, format, progress, dst.stem, compare=False)
+    sweep(dst.absolute())
     if dst.exists():
         raise CheckpointError(f"{dst}: is already there")
-    folder = dst.absolute().with_name(f".{dst.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        folder.mkdir()
+    with temporary(dst.absolute(), Path.mkdir) as folder:
         report = write_checkpoint(source, folder / f"{dst.name}.gguf", format, progress, dst.name, compare=False)
         os.rename(folder, dst)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return report
 
 

@@ -18,8 +18,9 @@ from tiny import FOLDER, MODELS, pair, random_ids, random_prompt, same_bits
 import minimtp
 from minimtp import Sampling, backend, gemma4, layers, qwen35, qwen35_mtp
 from minimtp.backend import ROWS, arithmetic, matmul, tiles
-from minimtp.cache import DeltaState, FullKV, SlidingKV
 from minimtp.checkpoint import float_to_bf16
+from minimtp.delta_state import DeltaState
+from minimtp.kv import FullKV, SlidingKV
 from minimtp.quant import Plain, pack
 
 DTYPES = ("float32", "float64")
@@ -31,9 +32,13 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 @pytest.fixture(autouse=True)
-def single_blas_thread():
+def single_blas_thread(monkeypatch):
+    """And tiles of a quarter of their size, so that weights here have several."""
+    monkeypatch.setattr(backend, "TILE_BYTES", 1 << 20)
+    tiles.cache_clear()
     with arithmetic():
         yield
+    tiles.cache_clear()
 
 
 @pytest.fixture
@@ -41,8 +46,6 @@ def small_tiles(monkeypatch):
     """Tiles of 64 rows, and the thread pool for every weight of more than one."""
     monkeypatch.setattr(backend, "TILE_BYTES", 1)
     monkeypatch.setattr(backend, "POOL_BYTES", 0)
-    tiles.cache_clear()
-    yield
     tiles.cache_clear()
 
 

@@ -10,7 +10,8 @@ import pytest
 from tiny import Recorded, Restless, emitted, greedy, pair, random_ids, random_prompt, same_bits
 
 from minimtp import PromptLookup, Scripted, generate
-from minimtp.cache import Cache, SlidingKV
+from minimtp.cache import Cache
+from minimtp.kv import SlidingKV
 
 MODELS = ("window_4", "window_7", "window_20")
 OTHERS = ("experts", "shared_kv")
@@ -183,7 +184,7 @@ class Overwritten(Cache):
 
     def rollback(self, n):
         super().rollback(n)
-        k_GSK, last = self.layers[1].k_GSK, self.layers[1].length - self.layers[1].start - 1
+        k_GSK, last = self.layers[1].buffers["k"], self.layers[1].length - self.layers[1].start - 1
         k_GSK[:, last] = k_GSK[:, last + (n > 0)]
 
 

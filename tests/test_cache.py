@@ -14,8 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from tiny import MODELS, pair, random_ids, same_bits
 
 from minimtp import gemma4
-from minimtp.cache import SLACK, Cache, CacheError, FullKV, SlidingKV
+from minimtp.cache import Cache, CacheError
 from minimtp.checkpoint import CheckpointError, read_safetensors, write_safetensors
+from minimtp.kv import SLACK, FullKV, SlidingKV
+from minimtp.kv_storage import STORAGES
+from minimtp.layers import Blocks
 
 CAPACITY = 4000
 HEADS, WIDTH = 2, 3
@@ -26,9 +29,25 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def entries(ids):
-    """(keys, values) [T, G, K] that name their token."""
-    k_TGK = np.arange(HEADS * WIDTH).reshape(1, HEADS, WIDTH) + 10.0 * np.array(ids).reshape(-1, 1, 1)
-    return k_TGK.astype(np.float32), -k_TGK.astype(np.float32)
+    """(keys, values) [T, G, K] that name their token: its digits in base 32, which every storage tells apart."""
+    digits_TK = np.array(ids, np.int64).reshape(-1, 1) // 32 ** np.arange(WIDTH) % 32
+    k_TGK = np.stack([digits_TK + 1 + 32 * g for g in range(HEADS)], axis=1).astype(np.float32)
+    return k_TGK, -k_TGK
+
+
+def keys_of(v_GBK, position):
+    """The keys of such values."""
+    return -v_GBK
+
+
+def kept(storage, x_TGK):
+    """What a storage makes of x, each token by itself."""
+    return np.concatenate([storage.decode(storage.encode(x_1GK), x_TGK.dtype) for x_1GK in x_TGK[:, None]])
+
+
+def floats(x_GSK):
+    """What a memory gives to read, as an array."""
+    return x_GSK.rows(0, x_GSK.shape[1]) if isinstance(x_GSK, Blocks) else x_GSK
 
 
 def append(memory, ids):
@@ -45,8 +64,8 @@ class Forgetful(SlidingKV):
 class Shortsighted(SlidingKV):
     """Keeps one entry too few."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.keep -= 1
 
 
@@ -62,19 +81,22 @@ class Greedy(SlidingKV):
 class Machine(RuleBasedStateMachine):
     """Caches of a full and two sliding memories; the model is the list of ids, and the committed count."""
 
-    sliding = SlidingKV
+    full, sliding, storage = FullKV, SlidingKV, STORAGES["float32"]
 
     def new(self):
-        layers = [FullKV(HEADS, WIDTH), self.sliding(HEADS, WIDTH, 1), self.sliding(HEADS, WIDTH, 9)]
+        layers = [type(self).full(HEADS, WIDTH, storage=self.storage)]
+        layers += [self.sliding(HEADS, WIDTH, window, storage=self.storage) for window in (1, 9)]
         return Cache(layers, CAPACITY, "this model")
 
     def __init__(self):
         super().__init__()
-        self.cache, self.ids, self.committed, self.next, self.most = self.new(), [], 0, 0, 0
+        self.cache, self.ids, self.committed, self.most = self.new(), [], 0, 0
+        self.kept = [x_TGK[:0] for x_TGK in entries([0])]  # of every id there was: its key and value, as they are kept
 
     def fresh(self, count):
-        self.next += count
-        return list(range(self.next - count, self.next))
+        ids = list(range(len(self.kept[0]), len(self.kept[0]) + count))
+        self.kept = [np.concatenate([all_TGK, kept(self.storage, x)]) for all_TGK, x in zip(self.kept, entries(ids))]
+        return ids
 
     @rule(count=st.integers(1, 20) | st.integers(1, 200))
     def read(self, count):
@@ -129,15 +151,16 @@ class Machine(RuleBasedStateMachine):
         assert (self.cache.tokens, self.cache.length, self.cache.committed) == (self.ids, len(self.ids), self.committed)
         for layer in self.cache.layers:
             assert layer.length == len(self.ids)
-            expected = entries(self.ids[layer.start :])
-            assert all(same_bits(held.swapaxes(0, 1), e) for held, e in zip(layer.read(), expected))
+            expected = (all_TGK[self.ids[layer.start :]] for all_TGK in self.kept)
+            assert all(same_bits(floats(held).swapaxes(0, 1), e) for held, e in zip(layer.read(), expected))
 
     @invariant()
     def holds_all_that_can_be_needed_and_little_more(self):
         for layer, needed in zip(self.cache.layers, (CAPACITY, 2, 10)):
             assert layer.start <= max(0, self.committed - needed)
-            slots = layer.k_GSK.shape[1]
-            assert layer.nbytes == 2 * slots * HEADS * WIDTH * 4
+            slots = layer.slots
+            kinds = 2 if layer.keys_of is None else 1
+            assert layer.nbytes == kinds * slots * HEADS * self.storage.row_bytes(WIDTH)
             if needed < CAPACITY:
                 assert slots <= needed + SLACK + 2 * self.most
 
@@ -147,12 +170,12 @@ def stored(arrays):
     return {name: SimpleNamespace(stored=array.copy) for name, array in arrays.items()}
 
 
-def run(machine, phases=tuple(Phase)):
+def run(machine, phases=tuple(Phase), examples=60):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=60, stateful_step_count=40, deadline=None, database=None, derandomize=True, phases=phases,
-            suppress_health_check=list(HealthCheck),
+            max_examples=examples, stateful_step_count=40, deadline=None, database=None, derandomize=True,
+            phases=phases, suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
 
@@ -176,7 +199,7 @@ def test_a_long_run_takes_bounded_memory_and_seldom_moves_it(width, monkeypatch)
         kv.rollback(width // 2)
         append(kv, range(start + width - width // 2, start + width))
         kv.commit()
-        assert kv.k_GSK.shape[1] <= 33 + SLACK
+        assert kv.slots <= 33 + SLACK
     assert len(moves) <= 2 * (3000 // width) * min(1, (width + 1) / SLACK) + 2
 
 
@@ -392,7 +415,7 @@ def test_an_append_that_finds_no_memory_leaves_no_trace(monkeypatch):
     for one in (cache, twin):
         read(target, one, random_ids(20, 37))
     with monkeypatch.context() as patch:
-        patch.setattr("minimtp.cache._moved", lambda *args: (_ for _ in ()).throw(MemoryError))
+        patch.setattr("minimtp.kv._moved", lambda *args: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             target.forward(random_ids(30, 37), cache)
     assert same_contents(cache, twin)

@@ -37,6 +37,7 @@ from minimtp.checkpoint import (
 )
 from minimtp.convert import convert, write_checkpoint
 from minimtp.ggml import Blocks
+from minimtp.gguf_file import Reordered
 from minimtp.gguf_model import open_gguf
 from minimtp.loading import bundled, open_model
 from minimtp.quant import Plain, Quantized, pack, pack_codes
@@ -77,7 +78,8 @@ def weights(path):
 def matrices(path):
     """Linear layers and experts, one by one."""
     found = {name: each for name, (kind, each) in weights(path).items() if kind in ("linear", "experts")}
-    return {f"{name} {i}": weight for name, each in found.items() for i, weight in enumerate(each)}
+    parts = {f"{name} {i}": weight for name, each in found.items() for i, weight in enumerate(each)}
+    return {at: w.part(0, w.shape[0]) if isinstance(w, Reordered) else w for at, w in parts.items()}
 
 
 # As llama.cpp's converter

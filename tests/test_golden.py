@@ -101,6 +101,15 @@ def test_what_is_kept_of_large_vocabularies(tmp_path):
     assert run["steps"][2]["p"] and run["steps"][2]["q"]
 
 
+def test_half_a_run_is_none(tmp_path, monkeypatch):
+    written(tmp_path, "tiny-gemma4")
+    monkeypatch.setattr(golden, "write_safetensors", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        written(tmp_path, "tiny-gemma4")
+    with pytest.raises(CheckpointError, match="golden.json: no such file"):
+        read_golden(tmp_path)
+
+
 def test_prompt_lookup_has_drafts_and_no_laws_of_them(tmp_path):
     options = DRAWN, None, "rejection", True
     run, arrays = written(tmp_path, "tiny-gemma4", *options)

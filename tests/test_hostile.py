@@ -512,8 +512,9 @@ def test_a_damaged_checkpoint_is_refused_or_read_right(name, tmp_path):
 # Whether the test itself can fail: readers that are wrong, on checkpoints that are not, are found out
 
 
-def nibbles_swapped(bits, dtype, levels=quant._levels):
-    return np.ascontiguousarray(levels(bits, dtype)[:, ::-1])
+def nibbles_swapped(packed_RB, bits, codes=quant._codes):
+    codes_RBC = codes(packed_RB, bits).reshape(*packed_RB.shape, -1)
+    return codes_RBC[..., ::-1].reshape(len(packed_RB), -1)
 
 
 def one_code_off(packed, *rest):
@@ -549,7 +550,7 @@ def norms_mixed_up(*arguments, read=gguf_file.read_header):
 
 
 WRONG = {
-    "nibbles swapped": ("int4", quant, "_levels", nibbles_swapped),
+    "nibbles swapped": ("int4", quant, "_codes", nibbles_swapped),
     "one code off": ("mobile", mobile, "Quantized", one_code_off),
     "zeros ignored": ("variants", formats, "Quantized", zeros_ignored),
     "activations not rounded": ("mobile", mobile, "_activation_scale", lambda *_: None),

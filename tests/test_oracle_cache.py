@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from minimtp.cache import DeltaState, FullKV, SlidingKV
+from minimtp.delta_state import DeltaState
+from minimtp.kv import FullKV, SlidingKV
 from minimtp.layers import causal_conv, gated_delta
 from minimtp.oracle_cache import check_cache
 

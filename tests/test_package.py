@@ -14,11 +14,12 @@ import minimtp
 PACKAGE = Path(minimtp.__file__).parent
 PROJECT = PACKAGE.parent
 ORDER = ["backend", "checkpoint", "config", "quant", "ggml", "mobile", "formats", "gguf_file", "gguf_text",
-         "gguf_model", "gguf_write", "layers", "cache", "gemma4", "gemma4_assistant", "qwen35", "qwen35_mtp",
-         "sampling", "drafting", "text", "memory", "parameters", "loading", "lattice", "lattice_report", "encode",
-         "source", "convert", "synth", "acceptance", "audit", "generate", "bench", "oracle_rules", "oracle_logits",
-         "expected", "oracle_cache", "oracle_drafter", "oracle", "self_check", "golden", "server", "server_check",
-         "hf_check", "chat", "cli_common", "cli_files", "cli_oracle", "cli"]  # fmt: skip
+         "gguf_model", "gguf_write", "layers", "kv_storage", "kv", "delta_state", "drafter_kv", "cache", "gemma4",
+         "gemma4_assistant", "qwen35", "qwen35_mtp", "sampling", "drafting", "text", "memory", "plan", "parameters",
+         "loading", "lattice", "lattice_report", "encode", "source", "convert", "synth", "acceptance", "audit",
+         "generate", "bench", "oracle_rules", "oracle_logits", "expected", "oracle_cache", "oracle_drafter", "oracle",
+         "self_check", "golden", "logits", "worklist", "server", "server_check", "hf_check", "chat", "cli_common",
+         "cli_show", "cli_worklist", "cli_files", "cli_oracle", "cli_check", "cli"]  # fmt: skip
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 MODULES = [name for name in SOURCES if not name.startswith("__")]
 
@@ -71,7 +72,8 @@ def fresh(code, *flags):
 def test_import_loads_nothing_heavy():
     loaded = fresh("import minimtp, minimtp.cli, sys; print(*{name.split('.')[0] for name in sys.modules})")
     assert "numpy" in loaded
-    assert not {"cupy", "torch", "transformers", "scipy", "matplotlib", "jinja2", "safetensors", "pytest"} & set(loaded)
+    assert not {"cupy", "torch", "transformers", "scipy", "matplotlib", "jinja2", "safetensors", "pytest",
+                "distributed"} & set(loaded)  # fmt: skip
 
 
 def test_import_says_nothing_and_warns_of_nothing():

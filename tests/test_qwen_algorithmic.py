@@ -15,7 +15,9 @@ from tiny import Recorded, emitted, random_ids, random_prompt, same_bits
 
 import minimtp
 from minimtp import PromptLookup, Sampling, Scripted, exact_law, generate
-from minimtp.cache import DeltaState, DrafterKV, FullKV
+from minimtp.delta_state import DeltaState
+from minimtp.drafter_kv import DrafterKV
+from minimtp.kv import FullKV
 
 MODELS = ("three_to_one", "int4", "moe", "moe_int4")
 FEW = ("three_to_one", "moe_int4")
@@ -427,7 +429,7 @@ class Overwritten(FullKV):
     def rollback(self, n):
         super().rollback(n)
         if n:
-            self.k_GSK[:, self.length - 1] = self.k_GSK[:, self.length]
+            self.buffers["k"][:, self.length - 1] = self.buffers["k"][:, self.length]
 
 
 FAULTY = (KeepsState, KeepsWindow, ForgetsWindow, RightToRounding, KeepsKeys, Overwritten)

@@ -24,8 +24,10 @@ from tiny_qwen import GREEDY, MODELS, PLAIN, TOLERANCES, Afresh, contents, copie
 import minimtp
 from minimtp import generate, qwen35, qwen35_mtp
 from minimtp.backend import ROWS
-from minimtp.cache import CacheError, DrafterKV, FullKV
+from minimtp.cache import CacheError
 from minimtp.checkpoint import CheckpointError
+from minimtp.drafter_kv import DrafterKV
+from minimtp.kv import FullKV
 
 U = np.random.default_rng(5).random(15)
 
@@ -494,7 +496,7 @@ def test_a_drafter_catches_up_within_one_commit(name, commits):
 @every_model
 @pytest.mark.parametrize("commits", [[9, 16], [4, 9]], ids=str)
 def test_a_drafter_that_lags_too_far_is_told_to_read_along_and_changes_nothing(name, commits, monkeypatch):
-    monkeypatch.setattr("minimtp.cache.BEHIND", 2)
+    monkeypatch.setattr("minimtp.drafter_kv.BEHIND", 2)
     target, drafter = pair(name)
     text = text_of(target)
     cache, hidden_ND = without_drafter(target, text, commits)

@@ -20,8 +20,10 @@ from tiny_qwen import BEHIND, GREEDY, MODELS, TOLERANCES, Afresh, contents, fail
 
 from minimtp import qwen35
 from minimtp.backend import ROWS
-from minimtp.cache import SNAPSHOT, Cache, CacheError, DeltaState, FullKV
+from minimtp.cache import Cache, CacheError
 from minimtp.checkpoint import read_safetensors
+from minimtp.delta_state import SNAPSHOT, DeltaState
+from minimtp.kv import FullKV
 from minimtp.layers import delta_writes
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -252,7 +254,7 @@ def test_replaying_in_another_order_is_caught_by_the_same_machine(monkeypatch):
         double = (array.astype(np.float64) for array in (k_TGK, u_THV, log_decay_TH, state_HKV))
         return delta_writes(*double).astype(state_HKV.dtype)
 
-    monkeypatch.setattr("minimtp.cache.delta_writes", in_double)
+    monkeypatch.setattr("minimtp.delta_state.delta_writes", in_double)
     with pytest.raises(AssertionError, match="state"):
         run(variant(), examples=80, phases=[Phase.generate])
 
@@ -317,7 +319,7 @@ def replayed(memory, n):
         return delta_writes(k_TGK, u_THV, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minimtp.cache.delta_writes", counted)
+        patch.setattr("minimtp.delta_state.delta_writes", counted)
         memory.rollback(n)
     return sum(counts)
 
@@ -353,7 +355,7 @@ class ListMachine(RuleBasedStateMachine):
         length = data.draw(st.integers(self.committed, len(self.wide)))
         if interrupted:
             with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
-                patch.setattr("minimtp.cache.delta_writes", failing(delta_writes, KeyboardInterrupt, after=1))
+                patch.setattr("minimtp.delta_state.delta_writes", failing(delta_writes, KeyboardInterrupt, after=1))
                 self.memory.rollback(self.memory.length - length)
             assert self.memory.length in (len(self.wide), length)
         count = replayed(self.memory, self.memory.length - length)
@@ -534,7 +536,7 @@ def owned(thing, seen=None):
 
 @every_model
 def test_a_committed_model_keeps_no_more_after_a_long_text_than_after_a_short_one(name, monkeypatch):
-    monkeypatch.setattr("minimtp.cache.BEHIND", 20)
+    monkeypatch.setattr("minimtp.drafter_kv.BEHIND", 20)
     target, _ = pair(name)
     cache, sizes = target.new_cache(capacity=400), set()
     for start in range(0, 400, 20):
@@ -552,7 +554,7 @@ def test_an_append_that_is_interrupted_leaves_no_trace_and_can_be_repeated(monke
     before, writes = memory.state(), written.writes(4)
     for name in ("replace", "_Reading"):
         with monkeypatch.context() as patch, pytest.raises(MemoryError):
-            patch.setattr(f"minimtp.cache.{name}", lambda *args, **fields: (_ for _ in ()).throw(MemoryError))
+            patch.setattr(f"minimtp.delta_state.{name}", lambda *args, **fields: (_ for _ in ()).throw(MemoryError))
             memory.append(*writes)
         assert memory.length == 42 and all(map(same_bits, memory.state().values(), before.values()))
     memory.append(*writes)

@@ -178,8 +178,8 @@ def test_a_gguf_file_has_the_tensors_of_the_published_one(name, counts, monkeypa
         ("gemma-4-e2b", ["bf16", "q4_0", "compressed-tensors"]),
         ("gemma-4-31b-assistant", ["bf16", "q4_0"]),
         ("gemma-4-e2b-assistant", ["bf16"]),  # with its centroids, for which GGUF has no place
-        ("qwen3.6-27b", ["bf16"]),
-        ("qwen3.6-35b-a3b", ["bf16"]),
+        ("qwen3.6-27b", ["bf16", "q4_0", "q8_0"]),
+        ("qwen3.6-35b-a3b", ["bf16", "q4_0", "q8_0"]),
     ],
 )
 def test_sizes_are_those_that_are_counted(name, formats, monkeypatch, tmp_path):

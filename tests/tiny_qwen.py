@@ -12,7 +12,7 @@ from random_qwen import layers, rope, write_model
 from tiny import FOLDER
 
 import minimtp
-from minimtp.cache import FullKV
+from minimtp.kv import FullKV
 
 BEHIND = 40  # instead of 1,024
 GREEDY, PLAIN = minimtp.Sampling(temperature=0.0), minimtp.Sampling()
@@ -96,7 +96,7 @@ def copied(cache):
 def _copied_memory(memory):
     twin = copy(memory)
     if isinstance(memory, FullKV):
-        twin.k_GSK, twin.v_GSK = memory.k_GSK.copy(), memory.v_GSK.copy()
+        twin.buffers = {name: buffer.copy() for name, buffer in memory.buffers.items()}
     return twin
 
 
@@ -171,5 +171,5 @@ def run(machine, examples, steps=25, phases=tuple(Phase)):
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minimtp.cache.BEHIND", BEHIND)
+        patch.setattr("minimtp.drafter_kv.BEHIND", BEHIND)
         run_state_machine_as_test(machine, settings=options)
