@@ -40,6 +40,9 @@ def _blas():
     return ThreadpoolController()
 
 
+UNWARNED = dict(over="ignore", invalid="ignore")
+
+
 @contextmanager
 def arithmetic():
     """Around a pass: a BLAS call runs on the thread that makes it, so that the pool below is the only parallelism.
@@ -47,7 +50,7 @@ def arithmetic():
     How BLAS divides a product over its threads depends on the shape, and with it the order of sums. Overflow passes
     without a warning: what comes of it is not a number, and no law is made of that.
     """
-    with _blas().limit(limits=1, user_api="blas"), np.errstate(over="ignore", invalid="ignore"):
+    with _blas().limit(limits=1, user_api="blas"), np.errstate(**UNWARNED):
         yield
 
 
@@ -56,7 +59,7 @@ THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 
 @cache
 def _pool():
-    return ThreadPoolExecutor(THREADS)
+    return ThreadPoolExecutor(THREADS, initializer=lambda: np.seterr(**UNWARNED))  # a thread does not inherit it
 
 
 _buffers = threading.local()
@@ -132,18 +135,18 @@ def matmul(x_TI, w_OI):
     if isinstance(w_OI, Rounded):
         out_TO = matmul(round_activations(x_TI, w_OI.input_scale), w_OI.weight)
         return round_activations(out_TO, w_OI.output_scale)
-    parts, out_TO = tiles(*w_OI.shape), np.empty((len(x_TI), w_OI.shape[0]), x_TI.dtype)
     if not len(x_TI):
-        return out_TO  # nothing to unpack the weight for
-    left = iter(parts)
+        return np.empty((0, w_OI.shape[0]), x_TI.dtype)  # nothing to unpack the weight for
+    parts = tiles(*w_OI.shape)
+    if len(parts) == 1:
+        return _product(x_TI, _tile(w_OI, *parts[0], x_TI.dtype))
+    out_TO, left = np.empty((len(x_TI), w_OI.shape[0]), x_TI.dtype), iter(parts)
 
     def work():
-        with np.errstate(over="ignore", invalid="ignore"):  # a thread does not inherit what `arithmetic` set
-            for start, stop in left:
-                out_TO[:, start:stop] = _product(x_TI, _tile(w_OI, start, stop, x_TI.dtype))
+        for start, stop in left:
+            out_TO[:, start:stop] = _product(x_TI, _tile(w_OI, start, stop, x_TI.dtype))
 
-    small = w_OI.shape[0] * w_OI.shape[1] * 4 < POOL_BYTES
-    if small or len(parts) == 1:
+    if w_OI.shape[0] * w_OI.shape[1] * 4 < POOL_BYTES:
         work()
     else:
         for done in [_pool().submit(work) for _ in range(min(THREADS, len(parts)))]:
