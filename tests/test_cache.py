@@ -256,7 +256,7 @@ def test_rejected_tokens_leave_no_bit_behind(name):
     ids_T = random_ids(70, target.config.vocab_size)
     plain = target.new_cache()
     expected = read(target, plain, ids_T)
-    for k in range(1, 16):
+    for k in (1, 2, 3, 4, 6, 9, 15):
         cache = target.new_cache(capacity=(None, 300)[k % 2])
         assert same_bits(read_with_detours(target, cache, ids_T, k, commit=k % 4 < 2), expected)
         assert same_contents(cache, plain)

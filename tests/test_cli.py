@@ -458,7 +458,7 @@ def start(*arguments, stderr=subprocess.PIPE):
 def test_interrupt_keeps_the_text_so_far(arguments):
     with start("run", "To be, or", *arguments) as running:
         first = b""
-        while len(first) < 1000 and (data := running.stdout.read(1000)):
+        while len(first) < 200 and (data := running.stdout.read(200)):
             first += data
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=30)

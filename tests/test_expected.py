@@ -135,7 +135,7 @@ def mean_passes(rule, p_VV, q_VV, emit, k, point=False):
 
 @pytest.mark.parametrize("rule", ["rejection", "block", "match", "argmax"])
 def test_over_all_texts_the_passes_given_each_text_are_the_passes_of_the_rule(rule):
-    emit, k = 4, 3
+    emit, k = 3, 3
     p_VV, q_VV = chains(1)
     target, drafter, total = Chain(p_VV), ChainDrafter(q_VV), 0.0
     for rest in product(range(3), repeat=emit):

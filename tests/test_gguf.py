@@ -760,7 +760,7 @@ def test_a_mangled_file_is_refused_or_read_right(kind, tmp_path):
     whole, random = opened(tmp_path, data), np.random.default_rng(len(data))
     header = gguf.GGUFReader(tmp_path / "x.gguf").data_offset
     right, accepted = {name: raw.data.tobytes() for name, raw in whole.tensors.items()}, 0
-    for _ in range(80):
+    for _ in range(50):
         wrong = mangled(data, random, header)
         try:
             checkpoint = opened(tmp_path, wrong)
@@ -775,4 +775,4 @@ def test_a_mangled_file_is_refused_or_read_right(kind, tmp_path):
         assert sum(same) >= len(same) - 3 and (wrong[header:] != data[header:] or all(same))
         for raw in checkpoint.tensors.values():
             raw.stored()
-    assert accepted < 60
+    assert accepted < 38

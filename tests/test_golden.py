@@ -51,8 +51,10 @@ def first_of(folder, name, dump, *options):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("options", [(), (DRAWN,), (DRAWN, GREEDY), (DRAWN, None, "block"), (DRAWN, None, "match")])
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("options, whole", [
+    ((), True), ((DRAWN,), False), ((DRAWN, GREEDY), True),
+    ((DRAWN, None, "block"), False), ((DRAWN, None, "match"), True),
+])  # fmt: skip
 def test_a_run_of_ours_is_its_own_reference(tmp_path, name, options, whole):
     run, arrays = written(tmp_path, name, *options, whole=whole)
     report = compare(run, arrays, made(name, *options)[1], "float32")

@@ -1,6 +1,6 @@
 """Hostile files: real small checkpoints of every format, cut, extended, flipped and spliced, loaded as a user does.
 
-Each of the 2,700 cases ends in a CheckpointError of one line, or in the right weights: those that the safetensors and
+Each of the 1,500 cases ends in a CheckpointError of one line, or in the right weights: those that the safetensors and
 gguf libraries, with a few lines of NumPy, read from the same damaged bytes. Nothing crashes, warns, takes long or takes
 memory that its file does not justify.
 """
@@ -36,7 +36,7 @@ from minimtp.checkpoint import CheckpointError
 from minimtp.loading import open_model
 from minimtp.parameters import read_parameters
 
-CASES = 180  # of each sample
+CASES = 100  # of each sample
 SECONDS = 2  # of processor time, for one case
 FIXED, PER_BYTE = 2 << 20, 40  # bytes that may be allocated: codes of 2 bits become floats of 32, and are looked at
 
@@ -605,4 +605,4 @@ def test_damage_is_of_all_kinds_in_heads_and_in_data():
     for file, data in ((file, data) for name in NAMES for _, file, data in cases(name)):
         right, head = file.read_bytes(), header_size(file)
         changed[data[:head] != right[:head]] += data != right
-    assert min(changed.values()) > 0.3 * CASES * len(NAMES) and sum(changed.values()) > 2000
+    assert min(changed.values()) > 0.3 * CASES * len(NAMES) and sum(changed.values()) > 0.74 * CASES * len(NAMES)

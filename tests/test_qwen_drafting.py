@@ -7,7 +7,7 @@ of histories: drafts that stay, tokens replaced after they were read, generation
 import re
 from dataclasses import replace
 from importlib import import_module
-from itertools import islice
+from itertools import cycle, islice
 
 import numpy as np
 import pytest
@@ -150,7 +150,7 @@ def drafting(**options):
     dict(name="dense", read_wide=None, commit=None, save_and_load=None),
 ], ids=["dense", "experts", "narrow", "never_committed"])  # fmt: skip
 def test_a_drafter_is_as_if_it_had_read_the_accepted_text_afresh(options):
-    run(drafting(**options), examples=12)
+    run(drafting(**options), examples=6)
 
 
 class KeepsEntries(DrafterKV):
@@ -293,7 +293,7 @@ def test_what_was_drafted_does_not_stay(name):
 def test_after_any_acceptance_the_entries_are_those_of_the_accepted_text(name, num_draft):
     target, drafter = pair(name)
     text = text_of(target, 9)
-    for accepted in range(num_draft + 1):
+    for accepted in range(0, num_draft + 1, max(1, num_draft // 4)):
         draft, cache = read_and_draft(target, drafter, text, [8], num_draft=num_draft)
         out = target.forward([text[-1], *draft.tokens], cache)
         cache.rollback(num_draft - accepted)
@@ -363,18 +363,17 @@ def test_every_draft_is_that_of_a_drafter_that_read_the_text_afresh(name, sampli
 @every_model
 @samplings
 def test_a_finished_generation_can_be_continued(name, sampling):
-    for count in (1, 2, 9, 10, 11, 12):
+    for count in (1, 2, 10, 12):
         go_on(*begin(name, sampling, count=count), sampling)
 
 
-@pytest.mark.parametrize("closed", [True, False], ids=["closed", "left_open"])
-@every_model
+@pytest.mark.parametrize("name, closed", [("dense", True), ("dense", False), ("experts", True), ("int4", False)])
 @samplings
 def test_a_generation_left_half_way_can_be_continued(name, sampling, closed):
     """Whatever the number of steps; the first alone is what next() gives."""
     target, drafter = pair(name)
     uninterrupted = emitted(generate(target, text_of(target, 8), drafter, sampling=GREEDY, max_new_tokens=60))
-    for count in (1, 2, 3, 4, 7):
+    for count in (1, 3, 7):
         cache, afresh = target.new_cache(), Afresh(target, drafter)
         prompt = text_of(target, 8)
         generation = generate(target, prompt, drafter, sampling=sampling, cache=cache)
@@ -447,7 +446,7 @@ def test_prompts_of_any_narrow_length_and_a_cache_that_fills_up(name, count):
 
 def test_drafts_after_a_prompt_of_several_chunks_are_the_same_to_rounding():
     target, drafter = pair("dense", "float64")
-    prompt, cache, afresh = text_of(target, 1100), target.new_cache(), Afresh(target, drafter)
+    prompt, cache, afresh = text_of(target, 600), target.new_cache(), Afresh(target, drafter)
 
     def same(a, b):
         return a.tokens == b.tokens and (not a.tokens or off(a.q_KV, b.q_KV) <= TOLERANCES["float64"])
@@ -661,8 +660,7 @@ FAILURES = {  # what fails, after how many calls; the layer reads along, and the
 
 
 @every_model
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failure, error", zip(FAILURES, cycle((KeyboardInterrupt, MemoryError))))
 def test_a_draft_that_fails_half_way_leaves_a_cache_that_can_be_used(name, failure, error, monkeypatch):
     target, drafter, cache, news, hidden_ND = ready(name)
     path, after = FAILURES[failure]

@@ -408,8 +408,11 @@ def loading(folder, name):
     return lambda: minimtp.load_drafter("auto", target)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("kind", ["dense", "tied", "moe", "single"])
+@pytest.mark.parametrize("kind, damage", [
+    *(("moe", damage) for damage in DAMAGES),
+    *((kind, damage) for i, damage in enumerate(DAMAGES) for j, kind in enumerate(["dense", "tied", "single"])
+      if (i + j) % 2 == 0),
+])  # fmt: skip
 def test_every_tensor_is_used_exactly_once(kind, damage, tmp_path):
     folder = write(tmp_path / "model", kind)
     whole = read_encoded(folder / "model.safetensors")
@@ -651,7 +654,7 @@ def test_any_field_may_be_any_nasty_value(kind, tmp_path):
     folder = write(tmp_path / "model", kind, vocab_size=20)
     right = json.loads((folder / "config.json").read_text())
     config, paths, chance = minimtp.load(folder).config, list(fields(right)), np.random.RandomState(5)
-    for i in chance.permutation(len(paths) * len(NASTY))[:100]:
+    for i in chance.permutation(len(paths) * len(NASTY))[:60]:
         value = NASTY[i % len(NASTY)]
         (folder / "config.json").write_text(json.dumps(replaced(right, paths[i // len(NASTY)], value)))
         try:

@@ -241,7 +241,7 @@ def test_drafts(name, way, models):
 
 
 @every_drafter
-@pytest.mark.parametrize("accepted", range(5))
+@pytest.mark.parametrize("accepted", (0, 2, 4))
 def test_drafts_after_partial_acceptance(name, accepted, models):
     """Nothing of the round before stays: entries made from drafted hidden states are made again from true ones."""
     v, target = vectors(name), models(name)

@@ -170,7 +170,7 @@ NEVER_COMMITTED = dict(commit=None, save_and_load=None, read_wide=None)  # long 
     dict(name="int4", **NEVER_COMMITTED),
 ], ids=["dense", "experts", "never_committed"])  # fmt: skip
 def test_a_cache_is_as_if_it_had_read_the_accepted_text_afresh(options):
-    run(variant(**options), examples=20)
+    run(variant(**options), examples=10)
 
 
 class KeepsState(DeltaState):
@@ -413,7 +413,7 @@ NARROW = dict(append_wide=None)
     dict(**NARROW, commit=None, save_and_load=None),
 ], ids=["mixed", "kernel_2", "kernel_7", "kernel_1", "narrow", "never_committed"])  # fmt: skip
 def test_a_state_is_what_the_lists_of_everything_say(options):
-    run(list_variant(**options), examples=25)
+    run(list_variant(**options), examples=12)
 
 
 class NeverForgets(DeltaState):

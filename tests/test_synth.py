@@ -59,8 +59,9 @@ def narrow(name, folder, **sizes):
 # What is written
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name, format", [(n, f) for i, n in enumerate(SHAPES) for j, f in enumerate(FORMATS) if (i + j) % 2 == 0]
+)
 def test_it_loads_and_its_numbers_stay(name, format, tmp_path):
     """Strictly, as any checkpoint; logits of order 3, neither alike nor at the cap; its drafter drafts."""
     target_file, assistant_file = config_files(name)
@@ -99,7 +100,7 @@ def contents(path):
     return path.read_bytes() if path.is_file() else {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["q4_0", "compressed-tensors"])
 def test_the_seed_decides(format, tmp_path):
     file = config_files("everything_int4")[0]
     written = []
