@@ -660,7 +660,7 @@ FAILURES = {  # what fails, after how many calls; the layer reads along, and the
 
 
 @every_model
-@pytest.mark.parametrize("failure, error", zip(FAILURES, cycle((KeyboardInterrupt, MemoryError))))
+@pytest.mark.parametrize("failure, error", list(zip(FAILURES, cycle((KeyboardInterrupt, MemoryError)))))
 def test_a_draft_that_fails_half_way_leaves_a_cache_that_can_be_used(name, failure, error, monkeypatch):
     target, drafter, cache, news, hidden_ND = ready(name)
     path, after = FAILURES[failure]

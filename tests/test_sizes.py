@@ -203,7 +203,7 @@ def wrong_at_every_depth(name, k, length):
     return Scripted(script)
 
 
-@pytest.mark.parametrize("name, k", zip(SIZES, cycle((7, 4, 1))))
+@pytest.mark.parametrize("name, k", list(zip(SIZES, cycle((7, 4, 1)))))
 def test_drafts_that_are_wrong_at_every_depth(name, k):
     length = (2, 20)[k % 2]  # a narrow prompt, and a wide one
     steps = speculate(name, wrong_at_every_depth(name, k, length), k, length)
