@@ -1,11 +1,12 @@
-"""The array library behind one name, moves to the host, and the one matrix product."""
+"""The one matrix product, its threads and buffers, and where an operation finds its twin on a device."""
 
 import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +22,21 @@ class BackendError(ValueError):
     """The backend that was asked for is not there."""
 
 
-def array_module(backend):
-    """The array module named `backend`. Raises BackendError for one that is not there; so far there is only NumPy."""
-    if backend != "numpy":
-        raise BackendError(f"backend {backend!r} is not available: only 'numpy' is, so far")
-    return np
+def with_kernel(operation):
+    """An operation on NumPy arrays which, where its first argument lies on a device, is kernel_ops' one of its name."""
+
+    @wraps(operation)
+    def either(x, *arguments, **options):
+        if isinstance(x, np.ndarray):
+            return operation(x, *arguments, **options)
+        return getattr(twins(), operation.__name__)(x, *arguments, **options)
+
+    return either
+
+
+def twins():
+    """kernel_ops, which only a device needs."""
+    return import_module(".kernel_ops", __package__)
 
 
 def to_host(x):
@@ -125,6 +136,7 @@ def _tile(w, start, stop, dtype):
     return w.rows(start, stop, dtype, scratch("tile", (stop - start, w.shape[1]), dtype))
 
 
+@with_kernel
 def matmul(x_TI, w_OI):
     """x_TI times the transpose of a weight -> [T, O], in x's dtype.
 
@@ -163,4 +175,6 @@ def _product(x_TI, tile_OI):
 
 def gather(w_VD, ids_T, dtype):
     """Rows `ids_T` of an embedding (an array or a weight object) -> [T, D]."""
+    if hasattr(w_VD, "gather"):  # on a device
+        return twins().gather(w_VD, ids_T, dtype)
     return w_VD[ids_T] if isinstance(w_VD, np.ndarray) else w_VD.take(ids_T, dtype)

@@ -40,10 +40,10 @@ class DeltaState:
     the same bits. Kept are the committed state, the present one, those of wide passes, and one every SNAPSHOT tokens.
     """
 
-    def __init__(self, key_heads, value_heads, key_dim, value_dim, kernel, dtype=np.float32, xp=np):
+    def __init__(self, key_heads, value_heads, key_dim, value_dim, kernel, dtype=np.float32):
         self.sizes = key_heads, value_heads, key_dim, value_dim, kernel
         channels = 2 * key_heads * key_dim + value_heads * value_dim
-        conv_TC, state_HKV = xp.zeros((kernel - 1, channels), dtype), xp.zeros((value_heads, key_dim, value_dim), dtype)
+        conv_TC, state_HKV = np.zeros((kernel - 1, channels), dtype), np.zeros((value_heads, key_dim, value_dim), dtype)
         self._readings = [self._final(0, conv_TC, state_HKV)]
 
     def _final(self, length, conv_TC, state_HKV):

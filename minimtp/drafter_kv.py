@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .backend import to_host
-from .kv import CacheError, FullKV, check_rollback, check_saved, integers
+from .kv import CacheError, check_rollback, check_saved, integers
 
 BEHIND = 1024  # committed tokens that a drafter may not have read yet
 
@@ -38,9 +38,9 @@ class DrafterKV:
     `maker` names the drafter whose entries they are: another cannot go on from them.
     """
 
-    def __init__(self, kv_heads, head_dim, hidden_size, dtype=np.float32, xp=np, storage=None):
-        self.kv, self.made_with, self.maker = FullKV(kv_heads, head_dim, dtype, xp=xp, storage=storage), [], ""
-        self._noted, self.committed = _Noted(0, 0, (xp.empty((0, hidden_size), dtype),)), 0
+    def __init__(self, kv, hidden_size, dtype=np.float32):
+        self.kv, self.made_with, self.maker = kv, [], ""
+        self._noted, self.committed = _Noted(0, 0, (np.empty((0, hidden_size), dtype),)), 0
 
     @property
     def length(self):

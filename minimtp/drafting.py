@@ -5,6 +5,7 @@ A drafter holds no state of a sequence: what it needs to know of one is in the t
 
 import operator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 from zlib import crc32
 
@@ -84,10 +85,18 @@ class GemmaAssistant:
 
     def forward(self, token, hidden_D, cache):
         """One step after `token` -> (logits [V], hidden [D] to feed back)."""
-        embedded_D = self.target.embed([token])[0]
+        at, window = gemma4_assistant.query(self.config, cache.length, self.position, self.window_edge)
         lent = gemma4.lendable_kv(self.target.config, cache)
-        options = self.position, self.window_edge, self.unchosen
-        return gemma4_assistant.step(self.params, self.config, embedded_D, hidden_D, lent, cache.length, *options)
+        by_clusters = self.config.clusters is not None and self.unchosen != "none"
+        step = partial(gemma4_assistant.step, self.params, self.config, self.target.embed, lent, window, by_clusters)
+        inputs = [token], np.asarray(hidden_D)[None], np.array([at]), np.array([cache.length])
+        scores_1C, x_1D, hidden_1D = cache.run(step, *inputs, key=("assistant", self, window))
+        if not by_clusters:
+            return scores_1C[0], hidden_1D[0]
+        ids = gemma4_assistant.ids_of_best(self.params, self.config, scores_1C[0])
+        head = partial(gemma4_assistant.logits_of, self.params)
+        (chosen_1N,) = cache.run(head, x_1D, ids, key=("clusters", self))
+        return gemma4_assistant.filled(self.config, ids, chosen_1N[0], self.unchosen), hidden_1D[0]
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
         _check_inputs(self.target, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K)
@@ -121,7 +130,7 @@ class MtpLayer:
     def maker(self):
         """Says in a cache whose entries are there: the option, and a checksum of the layer's norms."""
         norms = self.params.pre_fc_norm_embedding, self.params.pre_fc_norm_hidden, self.params.norm
-        return f"{self.hidden} {crc32(np.concatenate(norms).tobytes()):08x}"
+        return f"{self.hidden} {crc32(np.concatenate([to_host(norm) for norm in norms]).tobytes()):08x}"
 
     def propose(self, new_tokens_N, hidden_ND, cache, num_draft, sampling, u_K):
         """As Drafter.propose; it also reads what was not read along, while the hidden states are still in the cache."""
@@ -132,9 +141,10 @@ class MtpLayer:
             out_ND = self._read_along(new_tokens_N, hidden_ND, cache)
             for j in range(num_draft):
                 if tokens:
-                    out_ND = self._read(tokens[-1:], out_ND[-1:], memory)
-                logits_V = qwen35_mtp.logits(self.target.params, self.config, out_ND[-1:])[0]
-                token, law_V = choose(logits_V, sampling, None if sampling.temperature == 0 else u_K[j])
+                    out_ND = self._read(tokens[-1:], out_ND[-1:], cache)
+                head = partial(qwen35_mtp.logits, self.target.params, self.config)
+                (logits_1V,) = cache.run(head, out_ND[-1:], key=("mtp head", self))
+                token, law_V = choose(logits_1V[0], sampling, None if sampling.temperature == 0 else u_K[j])
                 tokens.append(token)
                 laws.append(law_V)
         finally:
@@ -153,13 +163,16 @@ class MtpLayer:
             hidden_ND = memory.hidden(start, length)
         elif start < given:
             noted_ND = memory.hidden(start, given)
-            hidden_ND = np.concatenate([qwen35.final_norm(self.target.params, self.config, noted_ND), hidden_ND])
+            (noted_ND,) = cache.run(lambda x_ND: [qwen35.final_norm(self.target.params, self.config, x_ND)], noted_ND)
+            hidden_ND = np.concatenate([noted_ND, hidden_ND])
         memory.cut(start)
-        return self._read([token(p + 1) for p in range(start, length)], hidden_ND[start - length :], memory)
+        return self._read([token(p + 1) for p in range(start, length)], hidden_ND[start - length :], cache)
 
-    def _read(self, tokens_N, hidden_ND, memory):
-        embedded_ND = self.target.embed(tokens_N)
-        out_ND = qwen35_mtp.read(self.params, self.config, embedded_ND, hidden_ND, memory.kv)
+    def _read(self, tokens_N, hidden_ND, cache):
+        memory = cache.drafter
+        read = partial(qwen35_mtp.read, self.params, self.config, self.target.embed, memory.kv)
+        inputs = tokens_N, hidden_ND, np.arange(memory.kv.length, memory.kv.length + len(tokens_N))
+        (out_ND,) = cache.run(read, *inputs, writes=[memory.kv], key=("mtp", self))
         memory.append(tokens_N, self.maker)
         return out_ND
 

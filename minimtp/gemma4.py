@@ -6,18 +6,21 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from .backend import arithmetic, array_module, gather, matmul
+from .backend import arithmetic, gather, matmul
 from .cache import Cache
 from .checkpoint import CheckpointError, show
 from .config import config_size, config_value, layer_count, layer_kinds, placeholders, refuse_unsupported
+from .device_cache import DeviceCache
+from .device_kv import DeviceKV
 from .kv import FullKV, SlidingKV
-from .kv_storage import parse
+from .kv_storage import VALUES_ONLY, parse
 from .layers import (
     KV_BLOCK,
     Output,
     Rope,
     Taps,
-    attend,
+    add_normed,
+    attend_over,
     best_experts,
     gated_mlp,
     gelu,
@@ -25,9 +28,10 @@ from .layers import (
     rms_norm,
     rope_frequencies,
     rope_table,
-    rotate,
+    seen,
     softcap,
     token_ids,
+    turn_and_keep,
 )
 
 MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
@@ -294,21 +298,20 @@ def _layer_tensors(layer, config):
 def attention(x_TD, w, layer, eps, rope, kv, span):
     """Gemma 4 self-attention -> [T, D]: query t sees the positions span[0][t] .. span[1][t] - 1 that kv holds."""
     q_THK = matmul(x_TD, w.q_proj).reshape(len(x_TD), layer.heads, layer.head_dim)
-    q_THK = rotate(rms_norm(q_THK, w.q_norm, eps), rope)
+    k_TGK = v_TGK = k_norm = None
     if layer.owns_kv:
         k_TGK = matmul(x_TD, w.k_proj).reshape(len(x_TD), layer.kv_heads, layer.head_dim)
         v_TGK = k_TGK if layer.k_eq_v else matmul(x_TD, w.v_proj).reshape(k_TGK.shape)
-        kv.append(rotate(rms_norm(k_TGK, w.k_norm, eps), rope), rms_norm(v_TGK, eps=eps))  # v: normed, no weight
-    low_T, high_T = span
-    o_THK = attend(q_THK, *kv.read(), low_T - kv.start, high_T - kv.start)  # q and k are normed: no 1/sqrt(K)
+        k_norm = w.k_norm
+    q_THK = turn_and_keep(q_THK, k_TGK, v_TGK, w.q_norm, k_norm, eps, rope, kv, norm_values=True)
+    o_THK = attend_over(q_THK, kv, span)  # q and k are normed: no 1/sqrt(K)
     return matmul(o_THK.reshape(len(x_TD), -1), w.o_proj)
 
 
 def route(x_TD, w, top_k, eps):
     """Which experts each token uses, best first, and with what weight -> (chosen [T, k], weights [T, k])."""
     scaled_TD = rms_norm(x_TD, eps=eps) * w.router_scale * x_TD.dtype.type(x_TD.shape[1] ** -0.5)
-    chosen_TX, weights_TX = best_experts(matmul(scaled_TD, w.router_proj), top_k)
-    return chosen_TX, weights_TX * w.router_per_expert_scale[chosen_TX]
+    return best_experts(matmul(scaled_TD, w.router_proj), top_k, w.router_per_expert_scale)
 
 
 def feed_forward(x_TD, w, config, tap):
@@ -330,12 +333,13 @@ def decoder_layer(x_TD, w, layer, config, rope, kv, span, tap, per_layer_TP=None
     eps = config.rms_norm_eps
     tap("in", x_TD)
     a_TD = tap("attn", attention(rms_norm(x_TD, w.input_layernorm, eps), w, layer, eps, rope, kv, span))
-    x_TD = x_TD + rms_norm(a_TD, w.post_attention_layernorm, eps)
+    x_TD = add_normed(x_TD, a_TD, w.post_attention_layernorm, eps)
     m_TD = tap("mlp", feed_forward(x_TD, w, config, tap))
-    x_TD = x_TD + rms_norm(m_TD, w.post_feedforward_layernorm, eps)
+    x_TD = add_normed(x_TD, m_TD, w.post_feedforward_layernorm, eps)
     if per_layer_TP is not None:
         gated_TP = gelu(matmul(x_TD, w.per_layer_input_gate)) * per_layer_TP
-        x_TD = x_TD + rms_norm(matmul(gated_TP, w.per_layer_projection), w.post_per_layer_input_norm, eps)
+        p_TD = matmul(gated_TP, w.per_layer_projection)
+        x_TD = add_normed(x_TD, p_TD, w.post_per_layer_input_norm, eps)
     return tap("out", x_TD * w.layer_scalar)
 
 
@@ -356,7 +360,7 @@ def per_layer_inputs(params, config, ids_T, x_TD):
 def rope_tables(config, positions_T, dtype):
     """Each layer kind's (cos, sin) at these positions."""
     dims = {layer.kind: layer.head_dim for layer in config.layers}
-    return {kind: rope_table(rope_frequencies(config.ropes[kind], dims[kind]), positions_T, dtype) for kind in dims}
+    return {kind: rope_table(positions_T, rope_frequencies(config.ropes[kind], dims[kind]), dtype) for kind in dims}
 
 
 def forward(params, config, ids_T, cache, dtype, taps=(), last=None, progress=None):
@@ -369,39 +373,67 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None, progress=No
         raise ValueError(f"last is {last}, wanted None or a number of rows")
     tap = Taps(taps, len(config.layers), progress)
     with arithmetic(), cache.reading(ids_T) as start:
-        positions_T = np.arange(start, start + len(ids_T))
-        ropes = rope_tables(config, positions_T, dtype)
-        spans = {
-            "sliding": (np.maximum(positions_T + 1 - config.sliding_window, 0), positions_T + 1),
-            "full": (np.zeros_like(positions_T), positions_T + 1),
-        }
-        x_TD = tap("embed", embed(params, config, ids_T, dtype))
-        per_layer_TLP = per_layer_inputs(params, config, ids_T, x_TD) if config.per_layer_input else None
-        for i, (layer, w) in enumerate(zip(config.layers, params.layers)):
-            kv, rope, span = cache.layers[layer.kv], ropes[layer.kind], spans[layer.kind]
-            per_layer_TP = None if per_layer_TLP is None else per_layer_TLP[:, i]
-            x_TD = decoder_layer(x_TD, w, layer, config, rope, kv, span, tap.within(f"layer.{i}"), per_layer_TP)
-        hidden_TD = tap("final_norm", rms_norm(x_TD, params.norm, config.rms_norm_eps))
-        rows = hidden_TD if last is None else hidden_TD[max(0, len(ids_T) - last) :]
-        logits_TV = tap("logits", softcap(matmul(rows, params.lm_head), config.final_logit_softcapping))
+        read = partial(_read, params, config, cache, dtype, tap, last)
+        key, positions_T = None if taps else ("target", last), np.arange(start, start + len(ids_T))
+        logits_TV, hidden_TD = cache.run(read, ids_T, positions_T, writes=cache.layers, key=key)
     return Output(logits_TV, hidden_TD, *tap.collected())
 
 
-def new_cache(config, dtype, capacity, fingerprint, backend, kv=None, params=None):
+def _read(params, config, cache, dtype, tap, last, ids_T, positions_T):
+    """The pass itself -> (logits, hidden states after the final norm). It looks at no number, so it can be captured."""
+    ropes = rope_tables(config, positions_T, dtype)
+    spans = {"sliding": seen(positions_T, config.sliding_window), "full": seen(positions_T)}
+    x_TD = tap("embed", embed(params, config, ids_T, dtype))
+    per_layer_TLP = per_layer_inputs(params, config, ids_T, x_TD) if config.per_layer_input else None
+    for i, (layer, w) in enumerate(zip(config.layers, params.layers)):
+        kv, rope, span = cache.layers[layer.kv], ropes[layer.kind], spans[layer.kind]
+        per_layer_TP = None if per_layer_TLP is None else per_layer_TLP[:, i]
+        x_TD = decoder_layer(x_TD, w, layer, config, rope, kv, span, tap.within(f"layer.{i}"), per_layer_TP)
+    hidden_TD = tap("final_norm", rms_norm(x_TD, params.norm, config.rms_norm_eps))
+    rows = hidden_TD if last is None else hidden_TD[max(0, len(ids_T) - last) :]
+    return tap("logits", softcap(matmul(rows, params.lm_head), config.final_logit_softcapping)), hidden_TD
+
+
+def new_cache(config, dtype, capacity, fingerprint, device=None, kv=None, params=None):
     """An empty cache for `capacity` tokens (None: the model's context, grown as needed).
 
     kv: see kv_storage.parse; where only values are kept, keys are made of them with norms that params has.
     """
-    xp, (storage, values_only) = array_module(backend), parse(kv, dtype)
+    if device is not None:
+        return _device_cache(config, dtype, capacity, fingerprint, device, kv, params)
+    storage, values_only = parse(kv, dtype)
     keys_of = _key_makers(params, config, dtype) if values_only else {}
     layers = [
-        SlidingKV(layer.kv_heads, layer.head_dim, config.sliding_window, dtype, xp, storage)
+        SlidingKV(layer.kv_heads, layer.head_dim, config.sliding_window, dtype, storage)
         if layer.kind == "sliding"
-        else FullKV(layer.kv_heads, layer.head_dim, dtype, capacity or 0, xp, storage, keys_of.get(i))
+        else FullKV(layer.kv_heads, layer.head_dim, dtype, capacity or 0, storage, keys_of.get(i))
         for i, layer in enumerate(config.layers)
         if layer.owns_kv
     ]
     return Cache(layers, capacity or config.max_position_embeddings, fingerprint)
+
+
+def _device_cache(config, dtype, capacity, fingerprint, device, kv, params):
+    """The same on a device."""
+    name, values_only = (kv or dtype.name).removesuffix(VALUES_ONLY), parse(kv, dtype)[1]
+    head_dim = next(layer.head_dim for layer in config.layers if layer.kind == "full")
+    frequencies_C = rope_frequencies(config.ropes["full"], head_dim)
+    turning = device.constant(frequencies_C), int(np.count_nonzero(frequencies_C))
+    layers = [
+        DeviceKV(device, layer.kv_heads, layer.head_dim, name, window=config.sliding_window)
+        if layer.kind == "sliding"
+        else DeviceKV(
+            device,
+            layer.kv_heads,
+            layer.head_dim,
+            name,
+            capacity or 0,
+            keys_of=(w.k_norm, *turning) if values_only and layer.k_eq_v else None,
+        )
+        for layer, w in zip(config.layers, params.layers)
+        if layer.owns_kv
+    ]
+    return DeviceCache(device, layers, capacity or config.max_position_embeddings, fingerprint)
 
 
 def _key_makers(params, config, dtype):
@@ -432,7 +464,7 @@ def turning_table(config, dtype, block):
     head_dim = next(layer.head_dim for layer in config.layers if layer.kind == "full")
     frequencies_C = rope_frequencies(config.ropes["full"], head_dim)
     positions_B = np.arange(block * KV_BLOCK, (block + 1) * KV_BLOCK)
-    return [table_B1C[:, 0] for table_B1C in rope_table(frequencies_C[frequencies_C > 0], positions_B, dtype)]
+    return [table_B1C[:, 0] for table_B1C in rope_table(positions_B, frequencies_C[frequencies_C > 0], dtype)]
 
 
 def lendable_kv(config, cache):

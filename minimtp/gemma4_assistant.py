@@ -12,7 +12,7 @@ from . import gemma4
 from .backend import arithmetic, gather, matmul
 from .checkpoint import CheckpointError
 from .config import config_value
-from .layers import no_tap, rms_norm
+from .layers import concatenated, no_tap, rms_norm, seen
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 FORMATS = gemma4.FORMATS
@@ -110,49 +110,51 @@ def tensors(config):
     return table
 
 
-def step(
-    params,
-    config,
-    embedded_B,
-    hidden_B,
-    lent,
-    length,
-    position="bonus",
-    window_edge="inclusive",
-    unchosen="transformers",
-):
-    """One draft step -> (logits [V], hidden [B] to feed back).
+def query(config, length, position="bonus", window_edge="inclusive"):
+    """Where the query of a draft step stands, and the window of its sliding layers -> (position, positions).
 
-    embedded_B: the last token in the target's scaled embedding; hidden_B: the target's hidden state after its final
-    norm, or what the step before returned; lent: the target's KV by layer kind, of which the first `length` positions
-    count. Three things that engines do differently are options. position, the query's, the same in every step of a
-    round: "bonus" is the last token's own (transformers, llama.cpp), "committed" the one before (vLLM, SGLang,
-    mlx-vlm). window_edge: "inclusive" shows sliding layers window + 1 keys (transformers), "exclusive" those at
-    distance < window from the query (llama.cpp, mlx-vlm). unchosen: see UNCHOSEN.
+    length: how many of the target's positions count. Two things that engines do differently are options. position, the
+    same in every step of a round: "bonus" is the last token's own (transformers, llama.cpp), "committed" the one before
+    (vLLM, SGLang, mlx-vlm). window_edge: "inclusive" shows sliding layers window + 1 keys (transformers), "exclusive"
+    those at distance < window from the query (llama.cpp, mlx-vlm).
     """
-    dtype = hidden_B.dtype
     at = length if position == "bonus" else length - 1
-    first = length - 1 - config.sliding_window if window_edge == "inclusive" else at + 1 - config.sliding_window
-    end_T = np.array([length])
-    spans = {"sliding": (np.maximum(np.array([first]), 0), end_T), "full": (np.zeros_like(end_T), end_T)}
+    return at, config.sliding_window + (1 if window_edge == "inclusive" else length - at - 1)
+
+
+def step(params, config, embed, lent, window, by_clusters, ids_1, hidden_1B, at_1, length_1):
+    """One draft step -> (logits [1, V], or scores [1, C] of clusters; what they are of [1, D]; hidden [1, B]).
+
+    embed: the target's embedding of ids_1, the last token; hidden_1B: the target's hidden state after its final norm,
+    or what the step before returned last; lent: the target's KV by layer kind; at_1 and window: see query; length_1:
+    how many positions of it count.
+    """
+    spans = {"sliding": seen(length_1, window, appended=0), "full": seen(length_1, appended=0)}
     with arithmetic():
-        ropes = gemma4.rope_tables(config, np.array([at]), dtype)
-        x_TD = matmul(np.concatenate([embedded_B, hidden_B])[None], params.pre_projection)
+        ropes = gemma4.rope_tables(config, at_1, hidden_1B.dtype)
+        x_TD = matmul(concatenated([embed(ids_1), hidden_1B]), params.pre_projection)
         for layer, w in zip(config.layers, params.layers):
             kv, rope, span = lent[layer.kind], ropes[layer.kind], spans[layer.kind]
             x_TD = gemma4.decoder_layer(x_TD, w, layer, config, rope, kv, span, no_tap)
         x_TD = rms_norm(x_TD, params.norm, config.rms_norm_eps)
-        return head(x_TD, params, config, unchosen)[0], matmul(x_TD, params.post_projection)[0]
+        head = params.centroids if by_clusters else params.lm_head
+        return matmul(x_TD, head), x_TD, matmul(x_TD, params.post_projection)
 
 
-def head(x_1D, params, config, unchosen):
-    """Logits [1, V], without a soft cap: of every token, or only of those in the clusters that score best."""
-    if config.clusters is None or unchosen == "none":
-        return matmul(x_1D, params.lm_head)
-    scores_C = matmul(x_1D, params.centroids)[0]
+def ids_of_best(params, config, scores_C):
+    """The tokens of the clusters that score best."""
     best = np.argsort(-scores_C, kind="stable")[: config.clusters.top_k]
-    ids = params.token_ordering.reshape(config.clusters.count, -1)[best].ravel()
-    chosen = matmul(x_1D, gather(params.lm_head, ids, x_1D.dtype))[0]
-    logits_V = np.full(config.vocab_size, UNCHOSEN[unchosen](chosen), x_1D.dtype)
+    return params.token_ordering.reshape(config.clusters.count, -1)[best].ravel()
+
+
+def logits_of(params, x_1D, ids):
+    """Logits of some tokens -> [[1, tokens]]. There is no soft cap."""
+    with arithmetic():
+        return [matmul(x_1D, gather(params.lm_head, ids, x_1D.dtype))]
+
+
+def filled(config, ids, chosen, unchosen):
+    """Those logits in a row of all [V]; what the others have is an option: see UNCHOSEN."""
+    logits_V = np.full(config.vocab_size, UNCHOSEN[unchosen](chosen), chosen.dtype)
     logits_V[ids] = chosen
-    return logits_V[None]
+    return logits_V

@@ -13,6 +13,7 @@ from .layers import token_ids
 from .sampling import Sampling
 
 CHUNK = 512  # prompt tokens read at a time
+DEVICE_CHUNK = 128  # on a device, whose rings and logs of states must hold them all
 NO_DRAFT = Draft(())
 GREEDY = Sampling(temperature=0.0)
 
@@ -68,9 +69,9 @@ def generate(
     """
     never = getattr(target.config, "placeholders", {})  # what stands for an image can be neither read nor drafted
     prompt_ids, stop = token_ids(prompt_ids, target.config.vocab_size, never), frozenset(stop)
-    cache = target.new_cache() if cache is None else cache
     exact_law(rule, np.ones(1), 0, **parameters)  # raises for an unknown rule or parameter
     _check_numbers(num_draft, max_new_tokens, seed)
+    cache = _new_cache(target, len(prompt_ids) + max_new_tokens) if cache is None else cache
     room = cache.capacity - cache.length - len(prompt_ids)
     if room < 0:
         raise ValueError(f"a prompt of {len(prompt_ids)} tokens is {-room} longer than the context has room for")
@@ -119,6 +120,17 @@ def generate(
     return rounds()
 
 
+def _on_device(target):
+    return getattr(target, "device", None) is not None
+
+
+def _new_cache(target, count):
+    """A cache for so many tokens; on a device with room for all of them at once, since growing moves what is there."""
+    if not _on_device(target):
+        return target.new_cache()
+    return target.new_cache(min(target.config.max_position_embeddings, count + ROWS))
+
+
 def _check_numbers(num_draft, max_new_tokens, seed):
     for name, value in (("num_draft", num_draft), ("max_new_tokens", max_new_tokens), ("seed", seed)):
         if not hasattr(value, "__index__"):
@@ -147,7 +159,8 @@ def _read_prompt(target, prompt_ids, drafter, draft_sampling, cache):
 
     -> (what the drafter has yet to read, the last chunk's output)
     """
-    for start, stop in spans(len(prompt_ids), CHUNK):
+    chunk = DEVICE_CHUNK if _on_device(target) else CHUNK
+    for start, stop in spans(len(prompt_ids), chunk):
         out = target.forward(prompt_ids[start:stop], cache, last=int(stop == len(prompt_ids)))
         news = prompt_ids[start + 1 : stop + 1]
         if stop < len(prompt_ids):

@@ -22,14 +22,14 @@ class FullKV:
     where given, makes the keys at consecutive positions of their values: then only values are kept.
     """
 
-    def __init__(self, kv_heads, head_dim, dtype=np.float32, slots=0, xp=np, storage=None, keys_of=None):
+    def __init__(self, kv_heads, head_dim, dtype=np.float32, slots=0, storage=None, keys_of=None):
         self.shape, self.dtype = (kv_heads, head_dim), np.dtype(dtype)
         plain = STORAGES[self.dtype.name]
         self.storage, self.keys_of = storage or plain, keys_of
         self.names = ("k", "v") if keys_of is None else ("v",)
         self.as_arrays = self.storage is plain and keys_of is None
         self.buffers = {
-            name + suffix: xp.empty((kv_heads, slots, width or head_dim), part)
+            name + suffix: np.empty((kv_heads, slots, width or head_dim), part)
             for name in self.names
             for suffix, (part, width) in self.storage.parts.items()
         }
@@ -120,8 +120,8 @@ class SlidingKV(FullKV):
     A target's layer attends over `window` tokens, itself included; the drafter of the next token sees one more.
     """
 
-    def __init__(self, kv_heads, head_dim, window, dtype=np.float32, xp=np, storage=None):
-        super().__init__(kv_heads, head_dim, dtype, xp=xp, storage=storage)
+    def __init__(self, kv_heads, head_dim, window, dtype=np.float32, storage=None):
+        super().__init__(kv_heads, head_dim, dtype, storage=storage)
         self.keep = window + 1
 
     def commit(self):

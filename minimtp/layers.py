@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import ROWS, matmul
+from .backend import ROWS, matmul, twins, with_kernel
 
 ATTEND_ELEMENTS = 1 << 24  # scores held at a time
 KV_BLOCK = 256  # positions whose keys or values are unpacked at a time: few enough to stay in cache
@@ -55,7 +55,7 @@ class Taps:
     def __call__(self, name, x):
         if name in self._wanted:
             self._kept[name] = x.copy()
-        if name.endswith(".experts"):
+        if name.endswith(".experts") and isinstance(x, np.ndarray):
             self._experts_read += len(np.unique(x))
         if self._progress and name.startswith("layer.") and name.endswith(".out"):
             self._done += 1
@@ -91,6 +91,7 @@ def token_ids(ids_T, vocab_size, placeholders=()):
     return ids
 
 
+@with_kernel
 def rms_norm(x, weight=None, eps=1e-6):
     """Root-mean-square norm over the last axis, times `weight` where there is one (Zhang & Sennrich 2019)."""
     mean = np.add.reduce(x * x, axis=-1, keepdims=True) / x.shape[-1]
@@ -98,16 +99,25 @@ def rms_norm(x, weight=None, eps=1e-6):
     return normed if weight is None else normed * weight
 
 
+@with_kernel
+def add_normed(residual, x, weight, eps):
+    """The residual plus the norm of what a sub-layer made of it."""
+    return residual + rms_norm(x, weight, eps)
+
+
+@with_kernel
 def gelu(x):
     """GELU in its tanh form (`gelu_pytorch_tanh`)."""
     return 0.5 * x * (1.0 + np.tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x))))
 
 
+@with_kernel
 def sigmoid(x):
     """1 / (1 + e^-x)"""
     return 1.0 / (1.0 + np.exp(-x))
 
 
+@with_kernel
 def silu(x):
     """x sigmoid(x), also called swish."""
     return x / (1.0 + np.exp(-x))
@@ -118,6 +128,7 @@ def softplus(x):
     return np.logaddexp(x, x.dtype.type(0))
 
 
+@with_kernel
 def softcap(x, cap):
     """Squash smoothly into (-cap, cap); None leaves x alone."""
     return x if cap is None else np.tanh(x / cap) * cap
@@ -147,7 +158,8 @@ def rope_frequencies(rope, head_dim):
     return frequencies_C
 
 
-def rope_table(frequencies_C, positions_T, dtype):
+@with_kernel
+def rope_table(positions_T, frequencies_C, dtype):
     """(cos, sin) of every position's angles -> two [T, 1, C] arrays; the 1 is for the heads."""
     angles_TC = positions_T[:, None].astype(np.float64) * frequencies_C
     return np.cos(angles_TC).astype(dtype)[:, None], np.sin(angles_TC).astype(dtype)[:, None]
@@ -162,6 +174,25 @@ def rotate(x_THK, table):
     angles = cos_T1C.shape[-1]
     a_THC, b_THC, rest_THK = x_THK[..., :angles], x_THK[..., angles : 2 * angles], x_THK[..., 2 * angles :]
     return np.concatenate([a_THC * cos_T1C - b_THC * sin_T1C, b_THC * cos_T1C + a_THC * sin_T1C, rest_THK], axis=-1)
+
+
+@with_kernel
+def turn_and_keep(q_THK, k_TGK, v_TGK, q_norm_K, k_norm_K, eps, rope, kv, norm_values=False):
+    """Norm queries and keys and rotate them, keep keys and values in kv -> the queries [T, H, K].
+
+    k_TGK None: nothing is kept, kv has the entries of another layer. norm_values: by their length, without a weight.
+    """
+    if k_TGK is not None:
+        v_TGK = rms_norm(v_TGK, eps=eps) if norm_values else v_TGK
+        kv.append(rotate(rms_norm(k_TGK, k_norm_K, eps), rope), v_TGK)
+    return rotate(rms_norm(q_THK, q_norm_K, eps), rope)
+
+
+@with_kernel
+def halves(x):
+    """The two halves of the last axis."""
+    middle = x.shape[-1] // 2
+    return x[..., :middle], x[..., middle:]
 
 
 def softmax(x):
@@ -185,6 +216,23 @@ class Blocks(NamedTuple):
         for edge in range(low - (self.start + low) % KV_BLOCK, high, KV_BLOCK):
             first, last = max(edge, low), min(edge + KV_BLOCK, high)
             yield first, last, self.rows(first, last)
+
+
+@with_kernel
+def seen(positions_T, window=None, appended=1):
+    """What the queries at these positions see -> (first position, last one + 1), an array each.
+
+    Of a window its last positions; appended: 1 where a query's own key is there, 0 where it ends before.
+    """
+    ends_T = positions_T + appended
+    return (np.zeros_like(ends_T) if window is None else np.maximum(ends_T - window, 0)), ends_T
+
+
+@with_kernel
+def attend_over(q_THK, kv, span, scale=1.0):
+    """Attention of each query t over the positions span[0][t] .. span[1][t] - 1 that a memory holds -> [T, H, K]."""
+    low_T, high_T = span
+    return attend(q_THK, *kv.read(), low_T - kv.start, high_T - kv.start, scale)
 
 
 def attend(q_THK, k_GSK, v_GSK, low_T, high_T, scale=1.0):
@@ -268,25 +316,34 @@ def _attend_wide(q_TGRK, k_GSK, v_GSK, low_T, high_T):
     return out_TGRK
 
 
+def concatenated(parts):
+    """Matrices side by side: [T, A] and [T, B] -> [T, A + B]."""
+    return np.concatenate(parts, axis=-1) if isinstance(parts[0], np.ndarray) else twins().concatenated(parts)
+
+
 # Feed-forward
 
 
+@with_kernel
 def gated_mlp(x_TD, gate_proj, up_proj, down_proj, activation):
     """Gated feed-forward -> [T, D]."""
     return matmul(activation(matmul(x_TD, gate_proj)) * matmul(x_TD, up_proj), down_proj)
 
 
-def best_experts(scores_TE, top_k):
+@with_kernel
+def best_experts(scores_TE, top_k, scale_E=None):
     """Which experts each token uses, best first, and their share of it -> (chosen [T, X], weights [T, X]).
 
-    The weights are the softmax over all experts, scaled to sum to 1 over the chosen.
+    The weights are the softmax over all experts, scaled to sum to 1 over the chosen; then times each one's scale_E.
     """
     p_TE = softmax(scores_TE)
     chosen_TX = np.argsort(-p_TE, axis=-1, kind="stable")[:, :top_k]
     weights_TX = np.take_along_axis(p_TE, chosen_TX, axis=-1)
-    return chosen_TX, weights_TX / weights_TX.sum(-1, keepdims=True)
+    weights_TX = weights_TX / weights_TX.sum(-1, keepdims=True)
+    return chosen_TX, weights_TX if scale_E is None else weights_TX * scale_E[chosen_TX]
 
 
+@with_kernel
 def mixture(x_TD, chosen_TX, weights_TX, w, activation):
     """Weighted sum of each token's experts -> [T, D].
 
@@ -307,6 +364,30 @@ def mixture(x_TD, chosen_TX, weights_TX, w, activation):
 def l2_norm(x, eps=1e-6):
     """x over its length along the last axis, as in flash-linear-attention: the eps is under the root."""
     return x / np.sqrt(np.add.reduce(x * x, axis=-1, keepdims=True) + eps)
+
+
+@with_kernel
+def gated_norm(x_THV, weight_V, gate_THV, eps):
+    """Each head's output, normed, times silu of a gate."""
+    return rms_norm(x_THV, weight_V, eps) * silu(gate_THV)
+
+
+@with_kernel
+def delta_rule(conv_TC, a_TH, b_TH, w, layer, memory):
+    """What a Gated DeltaNet layer does between its projections -> [T, H, V]; the memory takes in the pass.
+
+    conv_TC: queries, keys and values, to go through the convolution; a and b: for the decay and for beta. w: the
+    layer's conv1d, A_log, dt_bias; layer: its sizes.
+    """
+    T, G, H, K = len(conv_TC), layer.key_heads, layer.value_heads, layer.key_dim
+    mixed_TC = silu(causal_conv(conv_TC, w.conv1d[:, 0], memory.window()))
+    qk_T2GK = l2_norm(mixed_TC[:, : 2 * G * K].reshape(T, 2, G, K))
+    q_TGK, k_TGK = qk_T2GK[:, 0] * conv_TC.dtype.type(K**-0.5), qk_T2GK[:, 1].copy()  # a view would keep both
+    log_decay_TH = -np.exp(w.A_log) * softplus(a_TH + w.dt_bias)
+    beta_TH, v_THV = sigmoid(b_TH), mixed_TC[:, 2 * G * K :].reshape(T, H, layer.value_dim)
+    out_THV, u_THV, state_HKV = gated_delta(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, memory.state_HKV)
+    memory.append(conv_TC, k_TGK, u_THV, log_decay_TH, state_HKV)
+    return out_THV
 
 
 def causal_conv(x_TC, weight_CW, window_WC):

@@ -11,13 +11,15 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 
 from . import gemma4, gemma4_assistant, kv_storage, qwen35, qwen35_mtp
-from .backend import array_module
+from .backend import BackendError
 from .cache import CacheError
 from .checkpoint import Checkpoint, CheckpointError, bf16_to_float, float_to_bf16, open_checkpoint, release, show
+from .device import Device, open_device
+from .device_weights import parameters_on
 from .drafting import GemmaAssistant, MtpLayer, PromptLookup
 from .gguf_model import open_gguf
 from .memory import component_of
-from .parameters import read_parameters
+from .parameters import read_parameters, stored_parts
 from .plan import available_memory, make_plan
 from .text import Tokenizer, load_chat_template, load_tokenizer
 
@@ -39,7 +41,7 @@ class Target:
     params: SimpleNamespace
     tokenizer: Tokenizer | None
     dtype: np.dtype
-    backend: str
+    device: Device | None  # None: NumPy
     fingerprint: str
     generation_config: dict
     path: Path  # what was opened: a folder, or one file
@@ -56,7 +58,8 @@ class Target:
         limit = self.config.max_position_embeddings
         if capacity is not None and not 1 <= capacity <= limit:
             raise CacheError(f"a cache of {capacity} tokens does not suit a context of {limit}")
-        settings = self.fingerprint, self.backend, self.kv, self.params
+        _check_device(self.checkpoint, self.family, self.config, self.device, capacity or 1, self.kv or self.dtype.name)
+        settings = self.fingerprint, self.device, self.kv, self.params
         return self.family.new_cache(self.config, self.dtype, capacity, *settings)
 
     def load_cache(self, path, capacity=None):
@@ -153,25 +156,35 @@ def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-    array_module(backend)
+    device = open_device(backend)
+    if device is not None and dtype != "float32":
+        raise BackendError(f"backend {backend!r} computes in float32, not in {dtype}")
     checkpoint, family, config = open_model(path, "target")
+    keep = keep if device is None else "packed"
     _check_room(checkpoint, family, config, np.dtype(dtype), keep)
+    _check_device(checkpoint, family, config, device, 1, kv or dtype)
     if embed_scale == "bf16" and hasattr(config, "embed_scale"):
         config = replace(config, embed_scale=float(bf16_to_float(float_to_bf16(config.embed_scale))))
     return Target(
         checkpoint=checkpoint,
         family=family,
         config=config,
-        params=read_parameters(checkpoint, family, config, np.dtype(dtype), keep),
+        params=_parameters(checkpoint, family, config, np.dtype(dtype), keep, device),
         tokenizer=load_tokenizer(checkpoint, config.vocab_size),
         dtype=np.dtype(dtype),
-        backend=backend,
+        device=device,
         fingerprint=fingerprint(checkpoint, dtype, embed_scale, *[kv] * (kv not in (None, dtype))),
         generation_config=_generation_config(checkpoint),
         path=resolve(path),
         has_mtp=holds_drafter(checkpoint),
         kv=kv,
     )
+
+
+def _parameters(checkpoint, family, config, dtype, keep, device):
+    """As read_parameters, on the device if there is one; what is unpacked in the host's memory is vectors only."""
+    params = read_parameters(checkpoint, family, config, dtype, keep)
+    return params if device is None else parameters_on(device, params)
 
 
 def holds_drafter(checkpoint):
@@ -193,6 +206,13 @@ def _check_room(checkpoint, family, config, dtype, keep):
         room = available_memory() + checkpoint.stored_bytes().get(own, 0)
         plan = make_plan(str(checkpoint.folder), config, weights, 1, dtype.name, memory=room, driver=0, scratch=0)
         plan.check(" that are free: keep packed leaves weights in their file")
+
+
+def _check_device(checkpoint, family, config, device, context, storage):
+    """Raise DoesNotFit where a device has no memory for a model and a cache for so many tokens."""
+    if device is not None and device.memory is not None:
+        weights = stored_parts(checkpoint, family, config)
+        make_plan(str(checkpoint.folder), config, weights, context, storage, memory=device.memory).check()
 
 
 def published(name):
@@ -223,8 +243,9 @@ def load_drafter(path, target, keep="auto", **options):
         beside = " or ".join(path.name for path in _beside(target))
         raise CheckpointError(f"no drafter for {target.folder}: no mtp.* tensors in it, and no {beside} beside it")
     checkpoint, family, config = open_drafter(folder, target)
+    keep = keep if target.device is None else "packed"
     _check_room(checkpoint, family, config, target.dtype, keep)
-    params = read_parameters(checkpoint, family, config, target.dtype, keep)
+    params = _parameters(checkpoint, family, config, target.dtype, keep, target.device)
     return DRAFTERS[family](params, config, target, **options)
 
 

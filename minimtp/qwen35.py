@@ -4,36 +4,40 @@ Three layers of four keep a recurrent state (Gated DeltaNet) instead of keys and
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from .backend import arithmetic, array_module, gather, matmul
+from .backend import arithmetic, gather, matmul
 from .cache import Cache
 from .checkpoint import CheckpointError, show
 from .config import config_size, config_value, layer_count, layer_kinds, placeholders, refuse_unsupported
 from .delta_state import DeltaState
+from .device_cache import DeviceCache
+from .device_kv import DeviceKV
+from .device_state import DeviceState
 from .drafter_kv import DrafterKV
 from .kv import FullKV
-from .kv_storage import parse
+from .kv_storage import VALUES_ONLY, parse
 from .layers import (
     Output,
     Rope,
     Taps,
-    attend,
+    attend_over,
     best_experts,
-    causal_conv,
-    gated_delta,
+    delta_rule,
     gated_mlp,
-    l2_norm,
+    gated_norm,
+    halves,
     mixture,
     rms_norm,
     rope_frequencies,
     rope_table,
-    rotate,
+    seen,
     sigmoid,
     silu,
-    softplus,
     token_ids,
+    turn_and_keep,
 )
 
 MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
@@ -275,32 +279,22 @@ def _mlp_tensors(place, prefix, F, D):
 # Forward
 
 
-def attention(x_TD, w, layer, eps, rope, kv):
-    """Gated full attention -> [T, D]: each token sees everything kv holds up to itself."""
+def attention(x_TD, w, layer, eps, rope, kv, span):
+    """Gated full attention -> [T, D]: query t sees the positions span[0][t] .. span[1][t] - 1 that kv holds."""
     T, H, G, K = len(x_TD), layer.heads, layer.kv_heads, layer.head_dim
-    both_TH2K = matmul(x_TD, w.q_proj).reshape(T, H, 2 * K)
-    q_THK, gate_THK = both_TH2K[..., :K], both_TH2K[..., K:]
-    k_TGK = matmul(x_TD, w.k_proj).reshape(T, G, K)
-    start = kv.length
-    kv.append(rotate(rms_norm(k_TGK, w.k_norm, eps), rope), matmul(x_TD, w.v_proj).reshape(T, G, K))
-    q_THK, ends_T = rotate(rms_norm(q_THK, w.q_norm, eps), rope), np.arange(start, start + T) + 1
-    o_THK = attend(q_THK, *kv.read(), np.zeros_like(ends_T), ends_T, scale=x_TD.dtype.type(K**-0.5))
+    q_THK, gate_THK = halves(matmul(x_TD, w.q_proj).reshape(T, H, 2 * K))
+    k_TGK, v_TGK = matmul(x_TD, w.k_proj).reshape(T, G, K), matmul(x_TD, w.v_proj).reshape(T, G, K)
+    q_THK = turn_and_keep(q_THK, k_TGK, v_TGK, w.q_norm, w.k_norm, eps, rope, kv)
+    o_THK = attend_over(q_THK, kv, span, x_TD.dtype.type(K**-0.5))
     return matmul((o_THK * sigmoid(gate_THK)).reshape(T, H * K), w.o_proj)
 
 
 def delta_net(x_TD, w, layer, eps, memory):
     """Gated DeltaNet -> [T, D]: queries, keys and values through a short convolution, then the gated delta rule."""
-    T, G, H, K = len(x_TD), layer.key_heads, layer.value_heads, layer.key_dim
-    conv_TC = matmul(x_TD, w.in_proj_qkv)
-    mixed_TC = silu(causal_conv(conv_TC, w.conv1d[:, 0], memory.window()))
-    qk_T2GK = l2_norm(mixed_TC[:, : 2 * G * K].reshape(T, 2, G, K))
-    q_TGK, k_TGK = qk_T2GK[:, 0] * x_TD.dtype.type(K**-0.5), qk_T2GK[:, 1].copy()  # a view would keep both
-    log_decay_TH = -np.exp(w.A_log) * softplus(matmul(x_TD, w.in_proj_a) + w.dt_bias)
-    beta_TH, v_THV = sigmoid(matmul(x_TD, w.in_proj_b)), mixed_TC[:, 2 * G * K :].reshape(T, H, layer.value_dim)
-    out_THV, u_THV, state_HKV = gated_delta(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, memory.state_HKV)
-    memory.append(conv_TC, k_TGK, u_THV, log_decay_TH, state_HKV)
-    gate_THV = silu(matmul(x_TD, w.in_proj_z)).reshape(out_THV.shape)
-    return matmul((rms_norm(out_THV, w.gated_norm, eps) * gate_THV).reshape(T, -1), w.out_proj)
+    inputs = (matmul(x_TD, projection) for projection in (w.in_proj_qkv, w.in_proj_a, w.in_proj_b))
+    out_THV = delta_rule(*inputs, w, layer, memory)
+    gate_THV = matmul(x_TD, w.in_proj_z).reshape(out_THV.shape)
+    return matmul(gated_norm(out_THV, w.gated_norm, gate_THV, eps).reshape(len(x_TD), -1), w.out_proj)
 
 
 def feed_forward(x_TD, w, config, tap):
@@ -310,16 +304,16 @@ def feed_forward(x_TD, w, config, tap):
     chosen_TX, weights_TX = best_experts(matmul(x_TD, w.router), config.experts.top_k)
     tap("experts", chosen_TX)
     shared = w.shared_expert_gate_proj, w.shared_expert_up_proj, w.shared_expert_down_proj
-    shared_TD = sigmoid(matmul(x_TD, w.shared_expert_gate)) * gated_mlp(x_TD, *shared, silu)
+    shared_TD = gated_mlp(x_TD, *shared, silu) * sigmoid(matmul(x_TD, w.shared_expert_gate))
     return mixture(x_TD, chosen_TX, weights_TX, w, silu) + shared_TD
 
 
-def decoder_layer(x_TD, w, layer, config, rope, memory, tap):
+def decoder_layer(x_TD, w, layer, config, rope, memory, span, tap):
     """One layer -> [T, D]: attention or DeltaNet, then feed-forward, each normed before."""
     eps = config.rms_norm_eps
     normed_TD = rms_norm(tap("in", x_TD), w.input_layernorm, eps)
     if layer.kind == "full":
-        mixed_TD = attention(normed_TD, w, layer, eps, rope, memory)
+        mixed_TD = attention(normed_TD, w, layer, eps, rope, memory, span)
     else:
         mixed_TD = delta_net(normed_TD, w, layer, eps, memory)
     x_TD = x_TD + tap("attn", mixed_TD)
@@ -334,7 +328,7 @@ def embed(params, config, ids_T, dtype):
 
 def rope_at(config, positions_T, dtype):
     """(cos, sin) at these positions."""
-    return rope_table(rope_frequencies(config.rope, config.rotary_dim), positions_T, dtype)
+    return rope_table(positions_T, rope_frequencies(config.rope, config.rotary_dim), dtype)
 
 
 def final_norm(params, config, x_TD):
@@ -357,29 +351,52 @@ def forward(params, config, ids_T, cache, dtype, taps=(), last=None, progress=No
         raise ValueError(f"last is {last}, wanted None or a number of rows")
     tap = Taps(taps, len(config.layers), progress)
     with arithmetic(), cache.reading(ids_T) as start:
-        rope = rope_at(config, np.arange(start, start + len(ids_T)), dtype)
-        x_TD = tap("embed", embed(params, config, ids_T, dtype))
-        for i, (layer, w, memory) in enumerate(zip(config.layers, params.layers, cache.layers)):
-            x_TD = decoder_layer(x_TD, w, layer, config, rope, memory, tap.within(f"layer.{i}"))
+        read = partial(_read, params, config, cache, dtype, tap, last)
+        key, positions_T = None if taps else ("target", last), np.arange(start, start + len(ids_T))
+        logits_TV, hidden_TD, x_TD = cache.run(read, ids_T, positions_T, writes=cache.layers, key=key)
         cache.drafter.note(x_TD)
-        hidden_TD = tap("final_norm", final_norm(params, config, x_TD))
-        rows = hidden_TD if last is None else hidden_TD[max(0, len(ids_T) - last) :]
-        logits_TV = tap("logits", head(params, config, rows))
     return Output(logits_TV, hidden_TD, *tap.collected())
 
 
-def new_cache(config, dtype, capacity, fingerprint, backend, kv=None, params=None):
+def _read(params, config, cache, dtype, tap, last, ids_T, positions_T):
+    """The pass itself -> (logits, hidden states after the final norm, and before it). It looks at no number."""
+    rope, span = rope_at(config, positions_T, dtype), seen(positions_T)
+    x_TD = tap("embed", embed(params, config, ids_T, dtype))
+    for i, (layer, w, memory) in enumerate(zip(config.layers, params.layers, cache.layers)):
+        x_TD = decoder_layer(x_TD, w, layer, config, rope, memory, span, tap.within(f"layer.{i}"))
+    hidden_TD = tap("final_norm", final_norm(params, config, x_TD))
+    rows = hidden_TD if last is None else hidden_TD[max(0, len(ids_T) - last) :]
+    return tap("logits", head(params, config, rows)), hidden_TD, x_TD
+
+
+def new_cache(config, dtype, capacity, fingerprint, device=None, kv=None, params=None):
     """An empty cache for `capacity` tokens (None: the model's context, grown as needed); kv: see kv_storage.parse.
 
     No key can be made of its value here. A state is kept in the run's dtype whatever kv is: it sums up the whole text.
     """
-    xp, (storage, _) = array_module(backend), parse(kv, dtype)
+    storage, attention = parse(kv, dtype)[0], config.attention
+    if device is not None:
+        return _device_cache(config, dtype, capacity, fingerprint, device, (kv or dtype.name).removesuffix(VALUES_ONLY))
     layers = [
-        FullKV(layer.kv_heads, layer.head_dim, dtype, capacity or 0, xp, storage)
+        FullKV(layer.kv_heads, layer.head_dim, dtype, capacity or 0, storage)
         if layer.kind == "full"
-        else DeltaState(layer.key_heads, layer.value_heads, layer.key_dim, layer.value_dim, layer.kernel, dtype, xp)
+        else DeltaState(layer.key_heads, layer.value_heads, layer.key_dim, layer.value_dim, layer.kernel, dtype)
         for layer in config.layers
     ]
-    attention = config.attention
-    drafter = DrafterKV(attention.kv_heads, attention.head_dim, config.hidden_size, dtype, xp, storage)
+    drafter = DrafterKV(
+        FullKV(attention.kv_heads, attention.head_dim, dtype, storage=storage), config.hidden_size, dtype
+    )
     return Cache(layers, capacity or config.max_position_embeddings, fingerprint, drafter)
+
+
+def _device_cache(config, dtype, capacity, fingerprint, device, storage):
+    """The same on a device."""
+    layers = [
+        DeviceKV(device, layer.kv_heads, layer.head_dim, storage, capacity or 0)
+        if layer.kind == "full"
+        else DeviceState(device, layer.key_heads, layer.value_heads, layer.key_dim, layer.value_dim, layer.kernel)
+        for layer in config.layers
+    ]
+    kv = DeviceKV(device, config.attention.kv_heads, config.attention.head_dim, storage, capacity or 0)
+    drafter = DrafterKV(kv, config.hidden_size, dtype)
+    return DeviceCache(device, layers, capacity or config.max_position_embeddings, fingerprint, drafter)

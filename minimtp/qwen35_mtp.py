@@ -6,12 +6,10 @@ the target's embedding and head. Deeper drafts go through the same layer again, 
 
 from dataclasses import replace
 
-import numpy as np
-
 from . import qwen35
 from .backend import arithmetic, matmul
 from .checkpoint import CheckpointError
-from .layers import no_tap, rms_norm
+from .layers import concatenated, no_tap, rms_norm, seen
 
 MODEL_TYPES = qwen35.MODEL_TYPES
 TARGET = qwen35
@@ -54,24 +52,25 @@ def tensors(config):
     return table | qwen35.layer_tensors(config.layers[0], config, "layers.0", "mtp.layers.0")
 
 
-def read(params, config, embedded_ND, hidden_ND, kv):
-    """Make the next N entries of kv -> the layer's output after its norm [N, D].
+def read(params, config, embed, kv, ids_N, hidden_ND, positions_N):
+    """Make the next N entries of kv -> [the layer's output after its norm, [N, D]].
 
-    embedded_ND: the target's embeddings of tokens; hidden_ND: the target's hidden state before each of them, or in
-    deeper drafts what this returned. The rotary position of an entry is its place in kv: the target's position of that
-    hidden state (vLLM; llama.cpp counts one more: only differences of positions matter).
+    embed: the target's embedding of ids_N; hidden_ND: the target's hidden state before each of them, or in deeper
+    drafts what this returned. The rotary position of an entry is its place in kv: the target's position of that hidden
+    state (vLLM; llama.cpp counts one more: only differences of positions matter).
     """
     eps = config.rms_norm_eps
     with arithmetic():
-        rope = qwen35.rope_at(config, np.arange(kv.length, kv.length + len(hidden_ND)), hidden_ND.dtype)
-        embedded_ND = rms_norm(embedded_ND, params.pre_fc_norm_embedding, eps)
+        rope = qwen35.rope_at(config, positions_N, hidden_ND.dtype)
+        embedded_ND = rms_norm(embed(ids_N), params.pre_fc_norm_embedding, eps)
         hidden_ND = rms_norm(hidden_ND, params.pre_fc_norm_hidden, eps)
-        x_ND = matmul(np.concatenate([embedded_ND, hidden_ND], axis=-1), params.fc)
-        x_ND = qwen35.decoder_layer(x_ND, params.layers[0], config.layers[0], config, rope, kv, no_tap)
-        return qwen35.final_norm(params, config, x_ND)
+        x_ND = matmul(concatenated([embedded_ND, hidden_ND]), params.fc)
+        layer, w = config.layers[0], params.layers[0]
+        x_ND = qwen35.decoder_layer(x_ND, w, layer, config, rope, kv, seen(positions_N), no_tap)
+        return [qwen35.final_norm(params, config, x_ND)]
 
 
 def logits(target_params, config, hidden_ND):
-    """The target's logits [N, V] of the layer's output."""
+    """The target's logits of the layer's output -> [[N, V]]."""
     with arithmetic():
-        return qwen35.head(target_params, config, hidden_ND)
+        return [qwen35.head(target_params, config, hidden_ND)]
