@@ -4,6 +4,9 @@ import sys
 import time
 from statistics import median
 
+import numpy as np
+
+from .drafting import Scripted
 from .generate import generate
 
 
@@ -29,19 +32,47 @@ def tokens_of(steps):
     return [token for step in steps for token in step.tokens]
 
 
-def measure(target, drafter, prompts, num_draft, max_new_tokens):
-    """Greedy decoding, plain and with drafts on the same prompts in turn, and passes by width -> a JSON-able dict."""
+def measure(target, drafter, prompts, num_draft, max_new_tokens, acceptance=None):
+    """Greedy decoding, plain and with drafts, and passes by width -> a JSON-able dict.
+
+    acceptance: decode with scripted drafts, too, each token of them right with that chance.
+    """
+    if acceptance is not None and not 0 <= acceptance <= 1:
+        raise ValueError(f"acceptance is {acceptance}, wanted 0 to 1")
+    report = {"model": str(target.folder), "kv": target.kv, "prompts": len(prompts)}
+    report |= rates(target, drafter, prompts, num_draft, max_new_tokens, acceptance)
+    return {**report, "passes": pass_costs(target, prompts[0], num_draft + 1), "peak_bytes": peak_bytes()}
+
+
+def rates(target, drafter, prompts, num_draft, max_new_tokens, acceptance=None):
+    """The runs of `measure`, on the same prompts in turn."""
+    settings, scripted = {"num_draft": num_draft, "max_new_tokens": max_new_tokens}, []
     plain, drafted = [], []
     for prompt in prompts:
         plain.append(list(generate(target, prompt, max_new_tokens=max_new_tokens)))
         if drafter:
-            drafted.append(list(generate(target, prompt, drafter, num_draft, max_new_tokens=max_new_tokens)))
-    report = {"model": str(target.folder), "kv": target.kv, "prompts": len(prompts), "plain": _rates(plain)}
-    if drafter:
-        report |= {"k": num_draft, "drafted": _rates(drafted)}
-        report["identical"] = list(map(tokens_of, plain)) == list(map(tokens_of, drafted))
-        report["speedup"] = report["drafted"]["tokens_per_second"] / report["plain"]["tokens_per_second"]
-    return {**report, "passes": pass_costs(target, prompts[0], num_draft + 1), "peak_bytes": peak_bytes()}
+            drafted.append(list(generate(target, prompt, drafter, **settings)))
+        if acceptance is not None:
+            script = scripted_drafter(target, [*prompt, *tokens_of(plain[-1])], acceptance)
+            scripted.append(list(generate(target, prompt, script, **settings)))
+    report, runs = {"plain": _rates(plain)}, {"drafted": drafted, "scripted": scripted}
+    for name, found in runs.items():
+        if found:
+            report |= {"k": num_draft, name: _rates(found)}
+            same = list(map(tokens_of, plain)) == list(map(tokens_of, found))
+            report["identical"] = report.get("identical", True) and same
+            speedup = report[name]["tokens_per_second"] / report["plain"]["tokens_per_second"]
+            report["speedup" if name == "drafted" else "scripted_speedup"] = speedup
+    return report if acceptance is None else {**report, "scripted_acceptance": acceptance}
+
+
+def scripted_drafter(target, tokens, acceptance, seed=0):
+    """Drafts the tokens that greedy decoding is known to give, each with that chance, else another one."""
+    right = np.random.default_rng(seed).random(len(tokens)) < acceptance
+    never = target.config.placeholders
+    others = [token for token in range(len(never) + 2) if token not in never][:2]
+    script = [token if kept else others[token == others[0]] for token, kept in zip(tokens, right)]
+    return Scripted(lambda position, count: script[position : position + count])
 
 
 def _rates(runs):

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from . import __version__, cli_check, cli_files, cli_oracle, cli_show
+from . import __version__, cli_check, cli_files, cli_oracle, cli_show, device_bench
 from .acceptance import RULES
 from .bench import measure, summarize
 from .chat import Conversation
@@ -101,6 +101,8 @@ def _parser():
     bench.add_argument("--text", help="file to take prompts from (the bundled held-out text)")
     bench.add_argument("--prompts", type=int, default=8, metavar="P", help="prompts, evenly spaced in the text (8)")
     bench.add_argument("--prompt-tokens", type=int, default=64, metavar="T", help="tokens of each prompt (64)")
+    bench.add_argument("--acceptance", type=float, metavar="A", help="with scripted drafts, too, right with chance A")
+    bench.add_argument("--plot", metavar="FILE", help="draw a GPU's passes under its roofline (needs matplotlib)")
     bench.add_argument("--json", action="store_true", help="one line of JSON")
 
     cli_show.add_command(commands)
@@ -276,10 +278,17 @@ def _closing_line(summary):
 
 def bench_command(arguments):
     """Measure decoding on pieces of a text."""
+    if arguments.plot and arguments.backend == "numpy":
+        raise ValueError("--plot draws what a GPU does: it needs --backend cupy")
     target, drafter = load_pair(arguments)
     prompts = _pieces(arguments, target.tokenizer)
-    report = measure(target, drafter, prompts, arguments.num_draft, _length(arguments, 128))
+    length = _length(arguments, 128)
+    report = measure(target, drafter, prompts, arguments.num_draft, length, arguments.acceptance)
+    if target.device is not None:
+        report |= device_bench.measure(target, prompts[0])
     print(json.dumps(report, indent=None if arguments.json else 2))
+    if arguments.plot:
+        device_bench.plot(report, arguments.plot)
     return 0 if report.get("identical", True) else 1
 
 
