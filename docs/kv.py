@@ -35,7 +35,7 @@ def memories(layer, config, count):
     for start in range(0, count, CHUNK):
         positions_T = np.arange(start, min(start + CHUNK, count))
         v_TGK = rms_norm(random.normal(size=(len(positions_T), layer.kv_heads, layer.head_dim)).astype(dtype))
-        k_TGK = rotate(v_TGK * weight_K, rope_table(frequencies_C, positions_T, dtype))
+        k_TGK = rotate(v_TGK * weight_K, rope_table(positions_T, frequencies_C, dtype))
         for memory in kv.values():
             memory.append(k_TGK, v_TGK)
     return kv

@@ -162,7 +162,7 @@ def test_norms_and_rotation_of_heads_do_not_depend_on_the_width(heads, head_dim,
     frequencies_C = layers.rope_frequencies(gemma4.Rope("proportional", 1e6, 0.5, 1.0), head_dim)
 
     def f(x_THK, positions_T):
-        return layers.rotate(layers.rms_norm(x_THK), layers.rope_table(frequencies_C, positions_T, np.dtype(dtype)))
+        return layers.rotate(layers.rms_norm(x_THK), layers.rope_table(positions_T, frequencies_C, np.dtype(dtype)))
 
     assert independent_of_width(f, x_THK, np.arange(ROWS) + 1000)
 
@@ -332,7 +332,7 @@ def test_rotating_part_of_a_head_does_not_depend_on_the_width(heads, head_dim, r
     frequencies_C = layers.rope_frequencies(layers.Rope("default", 1e7), rotary_dim)
 
     def f(x_THK, positions_T):
-        return layers.rotate(x_THK, layers.rope_table(frequencies_C, positions_T, np.dtype(dtype)))
+        return layers.rotate(x_THK, layers.rope_table(positions_T, frequencies_C, np.dtype(dtype)))
 
     x_THK, positions_T = normal((ROWS, heads, head_dim), dtype), np.arange(ROWS) + 1000
     assert independent_of_width(f, x_THK, positions_T)
@@ -469,8 +469,9 @@ def mixer(target, i, dtype):
         return qwen35.delta_net(x_TD, w, layer, eps, memory), memory
 
     def attention(memory, x_TD):
-        rope = qwen35.rope_at(config, np.arange(memory.length, memory.length + len(x_TD)), np.dtype(dtype))
-        return qwen35.attention(x_TD, w, layer, eps, rope, memory), memory
+        positions_T = np.arange(memory.length, memory.length + len(x_TD))
+        rope, span = qwen35.rope_at(config, positions_T, np.dtype(dtype)), layers.seen(positions_T)
+        return qwen35.attention(x_TD, w, layer, eps, rope, memory, span), memory
 
     if layer.kind == "full":
         return attention, lambda: FullKV(layer.kv_heads, layer.head_dim, dtype)
@@ -498,7 +499,9 @@ def test_the_mtp_layer_does_not_depend_on_the_passes(name, dtype):
     attention = target.config.attention
 
     def f(kv, embedded_ND, hidden_ND):
-        return qwen35_mtp.read(drafter.params, drafter.config, embedded_ND, hidden_ND, kv), kv
+        positions_N = np.arange(kv.length, kv.length + len(hidden_ND))
+        inputs = (lambda _: embedded_ND), kv, None, hidden_ND, positions_N
+        return qwen35_mtp.read(drafter.params, drafter.config, *inputs)[0], kv
 
     per_token = (normal((3 * ROWS, D), dtype, seed) for seed in (1, 2))
     assert independent_of_passes(f, lambda: FullKV(attention.kv_heads, attention.head_dim, dtype), *per_token)
@@ -634,15 +637,15 @@ def test_lengths_summed_over_rows_that_are_not_contiguous_are_caught(dtype):
 def test_a_layer_with_the_chunked_rule_is_caught(name, monkeypatch):
     target, i = qwen(name), 0
     x_TD = normal((3 * ROWS, target.config.hidden_size), "float32")
-    monkeypatch.setattr(qwen35, "gated_delta", layers.gated_delta_chunk)
+    monkeypatch.setattr(layers, "gated_delta", layers.gated_delta_chunk)
     assert target.config.layers[i].kind == "linear"
     assert not independent_of_passes(*mixer(target, i, "float32"), x_TD)
 
 
 WRONG_PASSES = {
-    "the chunked rule": lambda patch: patch.setattr(qwen35, "gated_delta", layers.gated_delta_chunk),
+    "the chunked rule": lambda patch: patch.setattr(layers, "gated_delta", layers.gated_delta_chunk),
     "all of it as in wide passes": lambda patch: patch.setattr(layers, "ROWS", 0),
-    "attention as in wide passes": lambda patch: patch.setattr(qwen35, "attend", attend_as_if_wide),
+    "attention as in wide passes": lambda patch: patch.setattr(layers, "attend", attend_as_if_wide),
     "positions from nought in every pass": lambda patch: patch.setattr(qwen35, "rope_at", rope_from_nought),
     "a window of zeros": lambda patch: patch.setattr(DeltaState, "window", lambda self: 0 * WINDOW(self)),
 }

@@ -14,6 +14,7 @@ from minimtp import PromptLookup, Sampling, accept, gemma4, golden, qwen35
 from minimtp.checkpoint import CheckpointError, write_safetensors
 from minimtp.drafting import Draft
 from minimtp.golden import compare, first_line, make, read_dump, read_golden, record, replay, report_text
+from minimtp.layers import rotate
 
 GREEDY, DRAWN = Sampling(temperature=0.0), Sampling(temperature=1.2, top_k=300)
 FAMILIES = ("tiny-gemma4", "tiny-qwen35")
@@ -171,32 +172,21 @@ def test_another_layers_norm(tmp_path, name, i):
 def test_the_rope_of_another_position(tmp_path, name, monkeypatch):
     module = {"tiny-gemma4": gemma4, "tiny-qwen35": qwen35}[name]
     target, drafter = pair(name)
-    real, rotary = module.attention, 3  # layer 3 attends in both families
+    real, turn, rotary = module.attention, module.turn_and_keep, 3  # layer 3 attends in both families
 
     def shifted(x_TD, w, layer, eps, rope, *rest):
         """Queries of layer 3 one place further on than its keys."""
-        if w is target.params.layers[rotary]:
-            rotate, count = module.rotate, []
+        with monkeypatch.context() as patch:
+            if w is target.params.layers[rotary]:
+                patch.setattr(module, "turn_and_keep", lambda *args, **options: further(turn(*args, **options)))
+            return real(x_TD, w, layer, eps, rope, *rest)
 
-            def other(x_THK, rope):
-                count.append(1)
-                first = name == "tiny-gemma4"  # Gemma turns its queries first, Qwen its keys
-                return rotate(x_THK, next_place(rope)) if (len(count) == 1) == first else rotate(x_THK, rope)
-
-            with monkeypatch.context() as patch:
-                patch.setattr(module, "rotate", other)
-                return real(x_TD, w, layer, eps, rope, *rest)
-        return real(x_TD, w, layer, eps, rope, *rest)
-
-    def next_place(rope):
-        """The same table one place on: its angles and those of position 1 added up."""
-        cos, sin = rope
-        head = target.config.layers[rotary]
+    def further(q_THK):
+        """The queries turned by the angles of position 1 as well."""
         if name == "tiny-gemma4":
-            turn = gemma4.rope_tables(target.config, np.array([1]), cos.dtype)[head.kind]
-        else:
-            turn = qwen35.rope_at(target.config, np.array([1]), cos.dtype)
-        return cos * turn[0] - sin * turn[1], sin * turn[0] + cos * turn[1]
+            kind = target.config.layers[rotary].kind
+            return rotate(q_THK, gemma4.rope_tables(target.config, np.array([1]), q_THK.dtype)[kind])
+        return rotate(q_THK, qwen35.rope_at(target.config, np.array([1]), q_THK.dtype))
 
     monkeypatch.setattr(module, "attention", shifted)
     first = first_of(tmp_path, name, replay(made(name)[0], target, drafter))

@@ -278,7 +278,7 @@ def test_storages_keep_what_they_say_and_lend_it(kv):
         kinds = 1 if values_only and layer.k_eq_v else 2
         assert memory.nbytes == kinds * layer.kv_heads * storage.row_bytes(layer.head_dim) * memory.slots
     lent = gemma4.lendable_kv(target.config, cache)
-    plain = gemma4.new_cache(target.config, target.dtype, 100, target.fingerprint, "numpy")
+    plain = gemma4.new_cache(target.config, target.dtype, 100, target.fingerprint)
     for layer, memory in zip(target.config.layers, cache.layers):
         k_GSK, v_GSK = map(floats, memory.read())
         plain.layers[layer.kv].append(k_GSK.swapaxes(0, 1), v_GSK.swapaxes(0, 1))

@@ -339,17 +339,24 @@ def test_block_law_of_a_function_of_ones_own():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_acceptance_over_a_vocabulary_of_262144_is_quick(rule):
-    """K = 8, laws given: under 50 ms, also where every test passes and where none does (the best of five counts)."""
+    """K = 8, laws given: under 50 ms, also where every test passes and where none does (the best of five counts).
+
+    On a machine too busy for that: no longer than four logarithms of every probability.
+    """
     rng = np.random.RandomState(0)
     z = rng.standard_normal((9, 262_144)) * 3
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     q = p[:8] * (1 + 0.2 * rng.random_sample((8, 262_144)))
     q /= q.sum(1, keepdims=True)
     draft = SimpleNamespace(tokens=q.argmax(1), q_KV=q, soft_KV=q)
-    for u in (0.0, 1 - 1e-9):
+
+    def best(function, *arguments):
         seconds = []
         for _ in range(5):
             start = time.perf_counter()
-            accept(rule, p, draft, np.full(9, u))
+            function(*arguments)
             seconds.append(time.perf_counter() - start)
-        assert min(seconds) < 0.05
+        return min(seconds)
+
+    for u in (0.0, 1 - 1e-9):
+        assert best(accept, rule, p, draft, np.full(9, u)) < max(0.05, 4 * best(np.log, p))

@@ -105,7 +105,7 @@ def test_who_lends_to_whom(name):
     assert [layer.owns_kv for layer in config.layers] == [True] * own + [False] * (len(config.layers) - own)
     borrowed = {(layer.kind, layer.kv) for layer in config.layers if not layer.owns_kv}
     assert borrowed == ({("sliding", sliding), ("full", full)} if own < len(config.layers) else set())
-    kv = new_cache(config, "float32", 1, "", "numpy")
+    kv = new_cache(config, "float32", 1, "")
     assert len(kv.layers) == own
     assert lendable_kv(config, kv) == {"sliding": kv.layers[sliding], "full": kv.layers[full]}
 

@@ -527,7 +527,7 @@ def test_entries_of_drafts_that_stay_are_caught(kind):
     config = qwen(name).config
 
     def change(kv):
-        kv.drafter = kind(config.attention.kv_heads, config.attention.head_dim, config.hidden_size)
+        kv.drafter = kind(FullKV(config.attention.kv_heads, config.attention.head_dim), config.hidden_size)
 
     _, kv = speculate(name, mtp(name), 4, 25, faulty=change)  # lossless all the same
     assert not all(map(same_bits, entries(kv), read_along(name, 25)))

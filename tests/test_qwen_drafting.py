@@ -31,6 +31,8 @@ from minimtp.kv import FullKV
 
 U = np.random.default_rng(5).random(15)
 
+dense_and_experts = pytest.mark.parametrize("name", ["dense", "experts"])
+
 
 def entries(cache):
     """The drafter's entries -> keys, values [G, N, K], and the N tokens they were made with."""
@@ -288,7 +290,7 @@ def test_what_was_drafted_does_not_stay(name):
     assert drafts[1] == drafts[0][:1] and drafts[2] == drafts[0][:4]
 
 
-@every_model
+@dense_and_experts
 @pytest.mark.parametrize("num_draft", [1, 4, 15])
 def test_after_any_acceptance_the_entries_are_those_of_the_accepted_text(name, num_draft):
     target, drafter = pair(name)
@@ -360,7 +362,7 @@ def test_every_draft_is_that_of_a_drafter_that_read_the_text_afresh(name, sampli
     begin(name, sampling, count=60)
 
 
-@every_model
+@dense_and_experts
 @samplings
 def test_a_finished_generation_can_be_continued(name, sampling):
     for count in (1, 2, 10, 12):
@@ -385,7 +387,7 @@ def test_a_generation_left_half_way_can_be_continued(name, sampling, closed):
         assert tokens == uninterrupted[: len(tokens)] or sampling is PLAIN
 
 
-@every_model
+@dense_and_experts
 @samplings
 @pytest.mark.parametrize("steps", [1, 3, None])
 def test_a_caller_may_replace_the_last_token(name, sampling, steps):
@@ -393,7 +395,7 @@ def test_a_caller_may_replace_the_last_token(name, sampling, steps):
     go_on(target, drafter, cache, afresh, (token + 1) % 40, sampling)
 
 
-@every_model
+@dense_and_experts
 @samplings
 @pytest.mark.parametrize("steps", [1, 3, None])
 def test_a_generation_can_be_saved_loaded_and_continued(name, sampling, steps):
@@ -401,7 +403,7 @@ def test_a_generation_can_be_saved_loaded_and_continued(name, sampling, steps):
     go_on(target, drafter, reloaded(cache, target.new_cache()), afresh, token, sampling)
 
 
-@every_model
+@dense_and_experts
 @samplings
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_caller_may_roll_back_and_read_something_else(name, sampling, steps):
@@ -436,7 +438,7 @@ def test_a_text_that_ends_within_a_draft_can_be_continued(name, sampling):
 
 
 @pytest.mark.parametrize("count", [1, 2, 16])
-@every_model
+@dense_and_experts
 def test_prompts_of_any_narrow_length_and_a_cache_that_fills_up(name, count):
     target, drafter = pair(name)
     cache, afresh, prompt = target.new_cache(capacity=count + 20), Afresh(target, drafter), text_of(target, count)
@@ -659,7 +661,7 @@ FAILURES = {  # what fails, after how many calls; the layer reads along, and the
 }
 
 
-@every_model
+@dense_and_experts
 @pytest.mark.parametrize("failure, error", list(zip(FAILURES, cycle((KeyboardInterrupt, MemoryError)))))
 def test_a_draft_that_fails_half_way_leaves_a_cache_that_can_be_used(name, failure, error, monkeypatch):
     target, drafter, cache, news, hidden_ND = ready(name)
@@ -683,7 +685,7 @@ def check_entries(target, drafter, cache):
         assert same_bits(found.take(range(some), axis), all_of_them.take(range(some), axis))
 
 
-@every_model
+@dense_and_experts
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_generation_that_fails_while_drafting_can_be_continued(name, failure, monkeypatch):
     target, drafter = pair(name)
@@ -720,12 +722,16 @@ def test_a_generation_that_fails_in_the_target_can_be_continued(monkeypatch):
 def by_hand(target, drafter, text, behind_ND, num_draft):
     """The laws of drafts by argmax, from nothing but these hidden states -> (tokens, laws [K, V])."""
     kv = FullKV(target.config.attention.kv_heads, target.config.attention.head_dim, target.dtype)
-    out_ND = qwen35_mtp.read(drafter.params, drafter.config, target.embed(text[1:]), behind_ND, kv)
-    tokens, laws = [], []
+
+    def read(tokens_N, hidden_ND):
+        positions_N = np.arange(kv.length, kv.length + len(tokens_N))
+        return qwen35_mtp.read(drafter.params, drafter.config, target.embed, kv, tokens_N, hidden_ND, positions_N)[0]
+
+    out_ND, tokens, laws = read(text[1:], behind_ND), [], []
     for _ in range(num_draft):
         if tokens:
-            out_ND = qwen35_mtp.read(drafter.params, drafter.config, target.embed(tokens[-1:]), out_ND[-1:], kv)
-        laws.append(PLAIN.law(qwen35_mtp.logits(target.params, drafter.config, out_ND[-1:])[0]))
+            out_ND = read(tokens[-1:], out_ND[-1:])
+        laws.append(PLAIN.law(qwen35_mtp.logits(target.params, drafter.config, out_ND[-1:])[0][0]))
         tokens.append(int(laws[-1].argmax()))
     return tokens, np.stack(laws)
 
@@ -735,7 +741,7 @@ def middle_of(tokens, laws):
     return [law_V[:token].sum() + law_V[token] / 2 for token, law_V in zip(tokens, laws)]
 
 
-@every_model
+@dense_and_experts
 @pytest.mark.parametrize("widths", GROUPINGS, ids=str)
 @pytest.mark.parametrize("hidden", ["post-norm", "pre-norm"])
 def test_drafts_are_those_of_the_hidden_states_asked_for(name, widths, hidden):

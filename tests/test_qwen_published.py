@@ -281,7 +281,7 @@ def test_state_bytes(name):
 def test_a_cache_takes_the_bytes_that_are_counted(name, tmp_path):
     """Its layers, read to the capacity; the drafter's slot also holds hidden states."""
     _, family, config = open_model(write_qwen(name, tmp_path / "model"))
-    kv = family.new_cache(config, "float32", 30, "", "numpy")
+    kv = family.new_cache(config, "float32", 30, "")
     expected = kv_bytes(config, 30, 4)
     kinds = [layer.kind for layer in config.layers]
     for kind in ("linear", "full"):

@@ -227,8 +227,8 @@ def test_our_own_slips_are_found(monkeypatch, tmp_path):
     folder, ids_T = written(*GEMMA, tmp_path)
     monkeypatch.setattr(minimtp.gemma4, "softcap", lambda logits_TV, cap: logits_TV)
     assert hf_check.check(folder, ids_T)["first"]["name"] == "logits"
-    rotate = minimtp.gemma4.rotate
-    monkeypatch.setattr(minimtp.gemma4, "rotate", lambda x, rope: rotate(x, (rope[0], 0.99 * rope[1])))
+    rotate = minimtp.layers.rotate
+    monkeypatch.setattr(minimtp.layers, "rotate", lambda x, rope: rotate(x, (rope[0], 0.99 * rope[1])))
     assert hf_check.check(folder, ids_T)["first"]["name"] == "layer.0.attn"
 
 
