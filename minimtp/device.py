@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from .backend import BackendError, twins
-from .kernel_source import OPTIONS, kernels_in, source
+from .kernel_source import OPTIONS, kernels_in, source, three
 from .plan import DRIVER, DoesNotFit
 
 ALIGNMENT = 256  # bytes; what CUDA's own allocations have
@@ -196,7 +196,7 @@ class Gpu(Device):
         if shared > 48 << 10:
             function.max_dynamic_shared_size_bytes = shared
         with self.stream:
-            function(_three(grid), _three(block), tuple(map(_argument, arguments)), shared_mem=shared)
+            function(three(grid), three(block), tuple(map(_argument, arguments)), shared_mem=shared)
 
     def capture(self, start):
         """What start() launches, as one graph -> (a function that replays it, what start() returned).
@@ -397,11 +397,6 @@ def _argument(value):
     if value is None or isinstance(value, Array):
         return np.uint64(0 if value is None else value.address)
     return np.float32(value) if isinstance(value, float) else np.int32(value)
-
-
-def _three(size):
-    size = (size,) if isinstance(size, int) else tuple(size)
-    return *size, *(1,) * (3 - len(size))
 
 
 def open_device(backend):

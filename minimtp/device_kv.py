@@ -3,20 +3,29 @@
 import numpy as np
 
 from .backend import BackendError
-from .kv import check_rollback, check_saved
+from .kv import Counted, check_saved
 from .kv_storage import STORAGES
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
-ROOM = 16  # free slots that a pass of a draft finds, so that a captured one needs no more
+ROOM = 16  # of an empty memory, in tokens: a pass of a draft finds its room, so that a captured one needs no more
 
 
-class DeviceKV:
+class DeviceMemory(Counted):
+    """A memory that kernels write: `advance` counts their entries, `moves` how often buffers were exchanged."""
+
+    length = committed = moves = 0
+
+    def advance(self, count):
+        """Count the entries of a pass."""
+        self.length += count
+
+
+class DeviceKV(DeviceMemory):
     """Keys and values of one attention layer, [G, slots, K], with the contract of kv.FullKV and kv.SlidingKV.
 
     Position p lies in slot p, or with a window in slot p % slots: a ring, that holds the window, one entry more (see
     SlidingKV) and everything uncommitted. storage: a name of kv_storage.STORAGES. keys_of: what makes a key of its
-    value (norm's weight, frequencies, how many turn), where only values are kept. Kernels write the entries; `advance`
-    counts them.
+    value (norm's weight, frequencies, how many turn), where only values are kept.
     """
 
     def __init__(self, device, kv_heads, head_dim, storage, slots=0, window=None, keys_of=None):
@@ -26,7 +35,6 @@ class DeviceKV:
         self.storage, self.values_only = STORAGES[storage], keys_of is not None
         self.keep = None if window is None else window + 1
         self.names = ("k", "v") if keys_of is None else ("v",)
-        self.length = self.committed = self.moves = 0
         self.buffers = self._new_buffers(slots or (self.keep or 0) + ROOM)
 
     @property
@@ -40,25 +48,12 @@ class DeviceKV:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
     def make_room(self, count):
-        """Make sure that a pass of so many tokens finds its slots; `moves` tells how often buffers were exchanged."""
+        """Make sure that a pass of so many tokens finds its slots."""
         needed = self.length + count
         if self.keep is not None:
             needed -= max(0, min(self.committed, self.length) - self.keep)
         if needed > self.slots:
             self._move(max(needed + ROOM, self.slots * (2 if self.keep is None else 1)))
-
-    def advance(self, count):
-        """Count the entries of a pass."""
-        self.length += count
-
-    def rollback(self, n):
-        """Un-read the last n tokens. Raises CacheError past the last commit."""
-        check_rollback(n, self.length - self.committed)
-        self.length -= n
-
-    def commit(self):
-        """Make everything read so far final."""
-        self.committed = self.length
 
     def state(self):
         """What `restore` needs, as named host arrays: the entries that count, in the order of their positions."""

@@ -2,13 +2,12 @@
 
 import numpy as np
 
+from .device_kv import ROOM, DeviceMemory
 from .kernel_ops import commit_delta
-from .kv import check_rollback, check_saved
-
-ROOM = 16  # tokens that the log has room for, so that a captured pass needs no more
+from .kv import check_saved
 
 
-class DeviceState:
+class DeviceState(DeviceMemory):
     """State [H, K, V] and window [W - 1, C] at the commit, and what kernels log of every token since.
 
     The contract of delta_state.DeltaState. A pass writes the logged tokens again in registers before it reads its own
@@ -22,7 +21,6 @@ class DeviceState:
         self.device, self.sizes = device, (key_heads, value_heads, key_dim, value_dim, kernel)
         self.state_HKV = device.zeros((value_heads, key_dim, value_dim), np.float32)
         self.window_WC = device.zeros((kernel - 1, self.channels), np.float32)
-        self.length = self.committed = self.moves = 0
         self.log = self._new_log(ROOM)
 
     @property
@@ -37,7 +35,7 @@ class DeviceState:
         return sum(array.nbytes for array in (self.state_HKV, self.window_WC, *self.log.values()))
 
     def make_room(self, count):
-        """Make sure that the log has room for a pass; `moves` tells how often it was exchanged."""
+        """Make sure that the log has room for a pass."""
         logged, room = self.length - self.committed, len(self.log["decay"])
         if logged + count > room:
             before, self.log = self.log, self._new_log(max(logged + count, 2 * room))
@@ -45,20 +43,11 @@ class DeviceState:
                 self.device.copy(self.log[name][:logged], array[:logged])
             self.moves += 1
 
-    def advance(self, count):
-        """Count the tokens of a pass."""
-        self.length += count
-
-    def rollback(self, n):
-        """Un-read the last n tokens. Raises CacheError past the last commit."""
-        check_rollback(n, self.length - self.committed)
-        self.length -= n
-
     def commit(self):
         """Make everything read so far final."""
         if self.length > self.committed:
             self._write_again(self.state_HKV, self.window_WC)
-            self.committed = self.length
+            super().commit()
 
     def state(self):
         """What `restore` needs, as named host arrays: the present state."""

@@ -10,9 +10,9 @@ from .acceptance import Verdict, accept, exact_law
 from .backend import ROWS
 from .drafting import Draft
 from .layers import token_ids
+from .plan import CHUNK
 from .sampling import Sampling
 
-CHUNK = 512  # prompt tokens read at a time
 DEVICE_CHUNK = 128  # on a device, whose rings and logs of states must hold them all
 NO_DRAFT = Draft(())
 GREEDY = Sampling(temperature=0.0)

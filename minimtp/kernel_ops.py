@@ -19,42 +19,43 @@ MOST_BLOCKS = 65535  # in a grid's second direction
 TILE = 1 << 24  # weights of a tile that is unpacked for the library
 
 
-def elementwise(expression, a, b=None, s=0.0, out=None):
-    """EXPRESSION of x (a), y (b) and s -> Array of a's shape, or in `out`; see kernels/elementwise.cu."""
-    out = a.device.empty(a.shape, a.dtype) if out is None else out
+def elementwise(expression, a, b=None, s=0.0):
+    """EXPRESSION of x (a), y (b) and s -> Array of a's shape; see kernels/elementwise.cu."""
+    out = a.device.empty(a.shape, a.dtype)
     if not a.size:
         return out  # of no tokens: a grid is never empty
     rows, columns = a.shape[0], a.size // a.shape[0]
     stride, step = _broadcast(a.shape, b)
-    grid, strides = (-(-columns // 256), rows), (columns, columns, stride, step)
-    a.device.launch("elementwise", "elementwise", grid, 256, [out, a, b, s, columns, *strides], _expression(expression))
+    _elementwise(expression, out, a, b, s, rows, columns, (columns, columns, stride, step))
     return out
 
 
 def columns_of(a_TC, first, last):
     """A copy of the columns first .. last - 1 of a matrix -> [T, last - first]."""
-    rows, width = a_TC.shape
-    taken = last - first
-    out = a_TC.device.empty((rows, taken), a_TC.dtype)
-    arguments = [out, a_TC.reshape(-1)[first:], None, 0.0, taken, taken, width, 0, 0]
-    a_TC.device.launch("elementwise", "elementwise", (-(-taken // 256), rows), 256, arguments, _expression("x"))
+    out = a_TC.device.empty((len(a_TC), last - first), a_TC.dtype)
+    _copy_columns(out, 0, a_TC, first, last - first)
     return out
 
 
 def concatenated(parts):
     """Matrices side by side, [T, A] and [T, B] -> [T, A + B]."""
-    rows, width, first = parts[0].shape[0], sum(part.shape[1] for part in parts), 0
-    out = parts[0].device.empty((rows, width), parts[0].dtype)
+    out, at = parts[0].device.empty((len(parts[0]), sum(part.shape[1] for part in parts)), parts[0].dtype), 0
     for part in parts:
-        columns, at = part.shape[1], out.reshape(-1)[first:]
-        arguments = [at, part, None, 0.0, columns, width, columns, 0, 0]
-        out.device.launch("elementwise", "elementwise", (-(-columns // 256), rows), 256, arguments, _expression("x"))
-        first += columns
+        _copy_columns(out, at, part, 0, part.shape[1])
+        at += part.shape[1]
     return out
 
 
-def _expression(text):
-    return (("EXPRESSION", text),)
+def _copy_columns(out_TC, at, a_TC, first, count):
+    """Launch a copy of columns of one matrix, from first on, to another's, from `at` on."""
+    to, source = out_TC.reshape(-1)[at:], a_TC.reshape(-1)[first:]
+    _elementwise("x", to, source, None, 0.0, len(a_TC), count, (out_TC.shape[1], a_TC.shape[1], 0, 0))
+
+
+def _elementwise(expression, out, a, b, s, rows, columns, strides):
+    """Launch elementwise.cu; strides: of out, a and b between rows, and of b between columns."""
+    arguments, constants = [out, a, b, s, columns, *strides], (("EXPRESSION", expression),)
+    out.device.launch("elementwise", "elementwise", (-(-columns // 256), rows), 256, arguments, constants)
 
 
 def _broadcast(shape, b):
@@ -193,8 +194,7 @@ def _wide_product(out_TO, x_TI, w):
         part = part_TR.reshape(-1)[: len(x_TI) * count].reshape(len(x_TI), count)
         w.gather(tile_RI[:count], device.constant(_numbers(w.shape[0]))[first : first + count])
         device.product(x_TI, tile_RI[:count], part)
-        arguments = [out_TO.reshape(-1)[first:], part, None, 0.0, count, rows, count, 0, 0]
-        device.launch("elementwise", "elementwise", (-(-count // 256), len(x_TI)), 256, arguments, _expression("x"))
+        _copy_columns(out_TO, first, part, 0, count)
 
 
 @cache

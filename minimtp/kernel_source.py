@@ -17,7 +17,18 @@ def source(name, constants=()):
     return f'{defines}{common.replace("#pragma once", "")}\n#line 1 "{name}.cu"\n{kernel}'
 
 
+@cache
 def kernels_in(name):
     """The names of the kernels in kernels/NAME.cu."""
-    text = (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
+    return kernels_of((FOLDER / f"{name}.cu").read_text(encoding="utf-8"))
+
+
+def kernels_of(text):
+    """The names of the kernels in a source."""
     return tuple(re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(', text))
+
+
+def three(size):
+    """A grid's or a block's size, with all its directions."""
+    size = (size,) if isinstance(size, int) else tuple(size)
+    return *size, *(1,) * (3 - len(size))

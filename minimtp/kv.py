@@ -15,7 +15,20 @@ class CacheError(ValueError):
     """A cache was asked for something it cannot do; it is unchanged."""
 
 
-class FullKV:
+class Counted:
+    """A memory that un-reads by counting back: `length` tokens read, the first `committed` of them final."""
+
+    def rollback(self, n):
+        """Un-read the last n tokens. Raises CacheError past the last commit."""
+        check_rollback(n, self.length - self.committed)
+        self.length -= n
+
+    def commit(self):
+        """Make everything read so far final."""
+        self.committed = self.length
+
+
+class FullKV(Counted):
     """Keys and values of every token read. The buffers are [G, slots, ..]; slot 0 holds position `start`.
 
     storage: how they are kept, None for floats of `dtype`, in which they come and are read. keys_of(v_GBK, position),
@@ -61,15 +74,6 @@ class FullKV:
             return self.buffers["k"][:, :used], self.buffers["v"][:, :used]
         shape = self.shape[0], used, self.shape[1]
         return Blocks(shape, self.start, self._keys), Blocks(shape, self.start, self._values)
-
-    def rollback(self, n):
-        """Un-read the last n tokens. Raises CacheError past the last commit."""
-        check_rollback(n, self.length - self.committed)
-        self.length -= n
-
-    def commit(self):
-        """Make everything read so far final."""
-        self.committed = self.length
 
     def state(self):
         """What `restore` needs, as named host arrays: what is held as it is stored."""

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -53,12 +54,19 @@ class Target:
         """The checkpoint's folder; of a GGUF checkpoint, its file."""
         return self.checkpoint.folder
 
+    @cached_property
+    def _stored(self):
+        return stored_parts(self.checkpoint, self.family, self.config)
+
     def new_cache(self, capacity=None):
         """An empty cache for at most `capacity` tokens (None: the model's context, memory grown as needed)."""
         limit = self.config.max_position_embeddings
         if capacity is not None and not 1 <= capacity <= limit:
             raise CacheError(f"a cache of {capacity} tokens does not suit a context of {limit}")
-        _check_device(self.checkpoint, self.family, self.config, self.device, capacity or 1, self.kv or self.dtype.name)
+        if self.device is not None and self.device.memory is not None:
+            _check_device(
+                self.device, self.folder, self.config, self._stored, capacity or 1, self.kv or self.dtype.name
+            )
         settings = self.fingerprint, self.device, self.kv, self.params
         return self.family.new_cache(self.config, self.dtype, capacity, *settings)
 
@@ -162,7 +170,8 @@ def load(path, backend="numpy", dtype="float32", keep="auto", embed_scale="exact
     checkpoint, family, config = open_model(path, "target")
     keep = keep if device is None else "packed"
     _check_room(checkpoint, family, config, np.dtype(dtype), keep)
-    _check_device(checkpoint, family, config, device, 1, kv or dtype)
+    if device is not None and device.memory is not None:
+        _check_device(device, checkpoint.folder, config, stored_parts(checkpoint, family, config), 1, kv or dtype)
     if embed_scale == "bf16" and hasattr(config, "embed_scale"):
         config = replace(config, embed_scale=float(bf16_to_float(float_to_bf16(config.embed_scale))))
     return Target(
@@ -208,11 +217,9 @@ def _check_room(checkpoint, family, config, dtype, keep):
         plan.check(" that are free: keep packed leaves weights in their file")
 
 
-def _check_device(checkpoint, family, config, device, context, storage):
+def _check_device(device, folder, config, weights, context, storage):
     """Raise DoesNotFit where a device has no memory for a model and a cache for so many tokens."""
-    if device is not None and device.memory is not None:
-        weights = stored_parts(checkpoint, family, config)
-        make_plan(str(checkpoint.folder), config, weights, context, storage, memory=device.memory).check()
+    make_plan(str(folder), config, weights, context, storage, memory=device.memory).check()
 
 
 def published(name):

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .kernel_source import FOLDER, source
+from .kernel_source import FOLDER, kernels_of, source, three
 
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 12345}  # in which the threads of a block start
 KINDS = {"p": np.uint64, "f": np.float32, "i": np.int32, "l": np.int64}  # of arguments, p: a pointer
-KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(')
 FLAGS = (
     "-std=c++17 -O1 -fPIC -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -w"
     " -fsanitize=alignment,shift,bounds,integer-divide-by-zero -fsanitize-undefined-trap-on-error"
@@ -90,7 +89,7 @@ def start(module, kernel, grid, block, values, shared=0, order="forward"):
         if value.dtype != KINDS[kind]:
             raise KernelError(f"{kernel}, argument {i}: {value.dtype} where the kernel takes {np.dtype(KINDS[kind])}")
     pointers = (ctypes.c_void_p * len(held))(*(value.ctypes.data for value in held))
-    sizes = [(ctypes.c_uint * 3)(*_three(size)) for size in (grid, block)]
+    sizes = [(ctypes.c_uint * 3)(*three(size)) for size in (grid, block)]
     said = getattr(module, f"launch_{kernel}")(pointers, *sizes, shared, ORDERS.get(order, order)).decode()
     if said:
         raise KernelError(f"{kernel}: {said}")
@@ -104,7 +103,7 @@ def launch(name, kernel, grid, block, arguments, *, constants=(), shared=0, orde
     Raises KernelError as start does, and for what was written beside an array.
     """
     text = source(name, constants) if text is None else text
-    module, copies = compiled(text, tuple(KERNEL.findall(text))), {}
+    module, copies = compiled(text, kernels_of(text)), {}
     for array in arguments:
         if isinstance(array, np.ndarray) and id(array) not in copies:
             copies[id(array)] = Guarded(array.nbytes, at_start=order == "backward")
@@ -117,11 +116,6 @@ def launch(name, kernel, grid, block, arguments, *, constants=(), shared=0, orde
     for i, array in enumerate(arguments):
         if id(array) in copies:
             _take_back(array, copies[id(array)], f"{kernel}, argument {i}")
-
-
-def _three(size):
-    size = (size,) if isinstance(size, int) else tuple(size)
-    return *size, *(1,) * (3 - len(size))
 
 
 def _bytes(array):

@@ -30,20 +30,6 @@ SHORT = ["run", "To be, or", "-n", "24"]
 pytestmark = pytest.mark.filterwarnings("error")  # a warning would be a line on standard error
 
 
-@pytest.fixture
-def cli(capsys):
-    """Run a command in this process -> (status, standard output, standard error)."""
-
-    def run(*arguments):
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as end:  # argparse
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def process(*arguments, **options):
     """Run a command in a process of its own; text is bytes."""
     options = {"stdin": subprocess.DEVNULL, "timeout": 60, "env": ENVIRONMENT} | options

@@ -13,7 +13,6 @@ import pytest
 import minimtp
 from minimtp import loading, memory, plan
 from minimtp.checkpoint import read_json
-from minimtp.cli import main
 from minimtp.cli_show import parse_memory, stack
 from minimtp.loading import bundled, published_config
 from minimtp.plan import MIB, DoesNotFit, make_plan
@@ -169,20 +168,6 @@ def test_scratch_is_of_the_size_that_a_pass_takes(tmp_path):
 
 
 # The command
-
-
-@pytest.fixture
-def cli(capsys):
-    """Run a command in this process -> (status, standard output, standard error)."""
-
-    def run(*arguments):
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as end:  # argparse
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def show(run, *arguments):
