@@ -12,6 +12,7 @@ from .acceptance import RULES
 from .bench import measure, summarize
 from .chat import Conversation
 from .cli_common import BUNDLED, CHECKPOINT, checked_text, load_pair, loader_options, read_prompt, standard_input
+from .display import FATES
 from .generate import generate
 from .loading import bundled
 from .sampling import Sampling, recommended
@@ -231,16 +232,6 @@ def _step_record(step, text):
     }
 
 
-# A token's fate: (mark that says it without colour, ANSI colour)
-FATES = {
-    "accepted": ("+", "32"),
-    "rejected": ("x", "31"),
-    "unread": (".", "90"),
-    "correction": (">", "33"),
-    "bonus": ("*", "36"),
-}
-
-
 LEGEND = "round kept/drafted  + accepted, x rejected, . not looked at, > the target's correction, * the token it adds"
 
 
@@ -258,9 +249,9 @@ def trace_line(number, step, tokenizer, colours=False):
         tokens.append(("correction" if accepted < step.drafted else "bonus", step.verdict.token))
     parts = []
     for fate, token in tokens:
-        mark, colour = FATES[fate]
+        mark, _, colour = FATES[fate]
         part = mark + json.dumps(tokenizer.decode([token], special=True), ensure_ascii=False)
-        parts.append(f"\033[{colour}m{part}\033[0m" if colours else part)
+        parts.append(f"\033[38;5;{colour}m{part}\033[0m" if colours else part)
     return f"{number:4} {step.accepted}/{step.drafted}  " + " ".join(parts)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from . import memory, qwen35_mtp
 from .cli_common import BUNDLED, CHECKPOINT
+from .display import MEMORY
 from .kv_storage import NAMES
 from .loading import find_drafter, holds_drafter, open_drafter, open_model, published_config, resolve
 from .parameters import notes, stored_parts
@@ -125,18 +126,6 @@ def parse_memory(text):
 
 # A picture
 
-COLOURS = {  # Okabe and Ito's
-    "driver": "#999999",
-    "weights": "#0072B2",
-    "drafter": "#56B4E9",
-    "sliding KV": "#E69F00",
-    "full KV": "#F0E442",
-    "mtp KV": "#CC79A7",
-    "linear KV": "#E69F00",
-    "linear, committed KV": "#D55E00",
-    "scratch": "#009E73",
-}
-
 
 def plot(plan, path):
     """Draw a plan as stacked bars, at its context and at others. Raises ValueError without matplotlib."""
@@ -151,7 +140,7 @@ def plot(plan, path):
     for row, context in enumerate(sorted(contexts)):
         start = 0
         for name, size in stack(plan.at(context)).items():
-            axes.barh(row, size / 2**30, left=start, color=COLOURS[name], label=None if row else name)
+            axes.barh(row, size / 2**30, left=start, color=MEMORY[name], label=None if row else name)
             start += size / 2**30
     if plan.memory is not None:
         axes.axvline(plan.memory / 2**30, color="black", linestyle="--", label="memory")
@@ -162,7 +151,7 @@ def plot(plan, path):
 
 
 def stack(plan):
-    """{name in COLOURS: bytes}, from a bar's beginning to its end."""
+    """{name in MEMORY: bytes}, from a bar's beginning to its end."""
     sums = {"driver": plan.driver, **plan.sums}
     kv, scratch = {f"{part.name} KV": part.bytes for part in plan.kv}, sums.pop("scratch")
     del sums["kv"]

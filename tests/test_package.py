@@ -13,7 +13,7 @@ import minimtp
 
 PACKAGE = Path(minimtp.__file__).parent
 PROJECT = PACKAGE.parent
-ORDER = ["backend", "checkpoint", "config", "quant", "ggml", "mobile", "formats", "gguf_file", "gguf_text",
+ORDER = ["display", "backend", "checkpoint", "config", "quant", "ggml", "mobile", "formats", "gguf_file", "gguf_text",
          "gguf_model", "gguf_write", "layers", "kv_storage", "kv", "delta_state", "drafter_kv", "cache", "plan",
          "kernel_source", "shim", "device", "device_layout", "device_weights", "kernel_ops", "device_kv",
          "device_state", "device_cache", "gemma4", "gemma4_assistant", "qwen35", "qwen35_mtp", "sampling", "drafting",
