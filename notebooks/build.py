@@ -1,6 +1,6 @@
-"""Run the notebooks' sources: python notebooks/build.py [NAME ...] writes NAME.ipynb, --check compares with those there.
+"""Run the notebooks' sources: python notebooks/build.py [NAME ...] writes NAME.ipynb; --check compares with it instead.
 
-A cell tagged `varies` prints what is this machine's or this moment's (times, paths): it must run, and may print otherwise.
+A cell tagged `varies` shows what is this machine's or this moment's (times): it must run, and may print otherwise.
 """
 
 import argparse
@@ -26,7 +26,8 @@ def execute(source):
     notebook = jupytext.read(source)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    NotebookClient(notebook, timeout=TIMEOUT, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    options = {"resources": {"metadata": {"path": str(FOLDER)}}, "extra_arguments": ["--log-level=40"]}
+    NotebookClient(notebook, timeout=TIMEOUT, **options).execute()
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         cell.metadata.pop("execution", None)

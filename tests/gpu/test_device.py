@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from random_qwen import write_qwen
 from random_sizes import write_pair
-from test_docs import check_blocks
 from tiny import FOLDER, same_bits
 
 import minimtp
@@ -53,10 +52,6 @@ def close(a, b):
 
 
 # Against NumPy
-
-
-def test_the_documents_block_prints_what_stands_below_it():
-    check_blocks("gpu.md")
 
 
 @every_family
