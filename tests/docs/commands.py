@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -137,3 +138,23 @@ def run(line, folder, timeout=120):
         for end in ends:
             os.close(end)
     return done.returncode, done.stdout, done.stderr
+
+
+def main():
+    """Run the README's commands and Python with the minimtp that is installed here, wherever that is."""
+    from minimtp.loading import bundled
+
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    code = [code for language, code in BLOCK.findall(text) if language == "python" and "import minimtp" in code]
+    todo = [line for script in scripts(text) for line in lines(script) if runnable(line) and "docs/" not in line]
+    for line in [*dict.fromkeys(todo), *(f"python - <<'END'\n{snippet}END" for snippet in code)]:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder), line, bundled("tiny-gemma4").parent)
+            status, _, told = run(replaced(line), Path(folder))
+        print(f"{status}  {line.partition(chr(10))[0]}")
+        if status:
+            sys.exit(told)
+
+
+if __name__ == "__main__":
+    main()
