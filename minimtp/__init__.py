@@ -5,6 +5,7 @@ from .drafting import Draft, GemmaAssistant, PromptLookup, Scripted
 from .generate import Step, generate
 from .loading import load, load_drafter
 from .sampling import Sampling, draw
+from .watch import watch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "generate",
     "load",
     "load_drafter",
+    "watch",
 ]

@@ -17,6 +17,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
+from .display import FATES, escaped, fated, framed
 from .sampling import draw
 
 
@@ -26,6 +27,10 @@ class Verdict:
 
     accepted: int
     token: int
+
+    def _repr_html_(self):
+        kept = "".join(fated(f"{FATES['accepted'].mark}{j + 1}", "accepted") for j in range(self.accepted))
+        return framed(f"{kept or 'no draft token'} accepted, then token <b>{escaped(self.token)}</b>")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from .acceptance import RULES, decision, exact_law, one_hot
+from .display import VERMILLION, escaped, framed, pale, table
 
 NARROW = 1e-13  # intervals of a uniform that only rounding made
 MOST = 2000  # changes along one uniform: more, and it is no test and no draw
@@ -228,7 +229,38 @@ def audit(rule="all"):
         raise ValueError(f"unknown acceptance rule {rule!r}; known: all, {', '.join(RULES)}")
     names = list(RULES) if rule == "all" else [rule]
     rules = [_audit_rule(name, setting) for name in names for setting in SETTINGS.get(name, [{}])]
-    return {"passed": not any(entry["faults"] for entry in rules), "rules": rules}
+    return Audit(passed=not any(entry["faults"] for entry in rules), rules=rules)
+
+
+class Audit(dict):
+    """The report: a dict, which a notebook shows as a table."""
+
+    def _repr_html_(self):
+        head = ["total variation from p", "emits", *CASES, *(f"{name}" for name in BLOCKS), "accepted"]
+        rows = [_html_row(entry, draft) for entry in self["rules"] for draft in ("drawn", "argmax")
+                if any(case["draft"] == draft for case in entry["cases"])]  # fmt: skip
+        faults = [f"{entry['rule']}: {fault}" for entry in self["rules"] for fault in entry["faults"]]
+        verdict = "Every rule emits what it says." if self["passed"] else escaped("FAULT: " + "; ".join(faults))
+        note = "A to E: one draft token, drawn from q or its argmax; accepted: how likely, on average over A to E."
+        return framed(table(head, rows), pale(note), f"<b>{verdict}</b>")
+
+
+def _html_row(entry, draft):
+    cases = [case for case in entry["cases"] if case["draft"] == draft]
+    own = draft == ("argmax" if RULES[entry["rule"]].soft else "drawn")  # how the blocks are drafted
+    blocks = [_html_tv(block) for block in entry["blocks"]] if own else [""] * len(BLOCKS)
+    name = escaped(f"{_setting(entry['rule'], entry['parameters'])}, {draft}")
+    accepted = sum(case["acceptance"] for case in cases) / len(cases)
+    return [name, escaped(entry["emits"]), *map(_html_tv, cases), *blocks, f"{accepted:.0%}"]
+
+
+def _html_tv(case):
+    """A total variation, on a ground that is stronger the larger it is."""
+    apart = case["total_variation"]
+    if apart < SAME:
+        return "0"
+    strength = int(30 + 150 * min(apart / 0.5, 1))
+    return f'<span style="background:{VERMILLION}{strength:02x};padding:.1em .4em">{apart:.3f}</span>'
 
 
 def _audit_rule(rule, parameters):
@@ -300,23 +332,35 @@ def _setting(rule, parameters):
 
 
 def audit_text(report):
-    """The report as lines for a terminal."""
-    lines = []
+    """The report as lines for a terminal; what begins with + is lossless, with x is not."""
+    lines = [f"  {'case':6}{'p, the target':36}q, the drafter"]
+    lines += [f"  {case:6}{_chances(p_V)}  {_chances(q_V)}" for case, (p_V, q_V) in CASES.items()]
     for entry in report["rules"]:
-        says = "lossless" if entry["lossless"] else "not lossless"
-        if entry["emits"] == "argmax p":
-            says += " (emits the argmax: lossless at temperature 0)"
-        lines.append(f"{_setting(entry['rule'], entry['parameters'])}: {says}")
+        lines += ["", _verdict(entry), f"  {'case':13}draft       TV  accepted" + _if_lossy(entry, "law of its output")]
         for case in entry["cases"]:
-            law = "" if entry["lossless"] else "  law " + " ".join(f"{chance:.4f}" for chance in case["law"])
-            lines.append(
-                f"  {case['case']}, {case['draft']:6} draft  TV {case['total_variation']:.4f}"
-                f"  accepted {case['acceptance']:.4f}{law}"
-            )
+            row = f"  {case['case']:13}{case['draft']:6}  {case['total_variation']:.4f}    {case['acceptance']:.4f}"
+            lines.append(row + _if_lossy(entry, _chances(case["law"])))
         for case in entry["blocks"]:
-            lines.append(
-                f"  {case['case']}       TV {case['total_variation']:.4f}"
-                f"  tokens a round {case['tokens_per_round']:.4f}"
-            )
+            rate = f"{case['tokens_per_round']:.4f} tokens a round"
+            lines.append(f"  {case['case']:21}{case['total_variation']:.4f}    {rate}")
         lines += [f"  FAULT: {fault}" for fault in entry["faults"]]
+    if len(report["rules"]) > 1:
+        lines += ["", "in short", *map(_verdict, report["rules"])]
     return "\n".join(lines)
+
+
+def _verdict(entry):
+    name = _setting(entry["rule"], entry["parameters"])
+    if entry["lossless"]:
+        return f"+ {name}: lossless"
+    largest = max(case["total_variation"] for case in entry["cases"] + entry["blocks"])
+    greedy = " (lossless at temperature 0)" if entry["emits"] == "argmax p" else ""
+    return f"x {name}: not lossless{greedy}, TV up to {largest:.4f}"
+
+
+def _chances(law_V):
+    return " ".join(f"{chance:.4f}" for chance in law_V)
+
+
+def _if_lossy(entry, text):
+    return "" if entry["lossless"] else f"  {text}"

@@ -3,20 +3,33 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from . import __version__, cli_check, cli_files, cli_oracle, cli_show, device_bench
+from . import __version__, cli_check, cli_files, cli_oracle, cli_show, device_bench, page
 from .acceptance import RULES
 from .bench import measure, summarize
 from .chat import Conversation
-from .cli_common import BUNDLED, CHECKPOINT, checked_text, load_pair, loader_options, read_prompt, standard_input
-from .display import FATES
+from .cli_common import (
+    BUNDLED,
+    CHECKPOINT,
+    checked_text,
+    columns,
+    hang,
+    has_colours,
+    load_pair,
+    loader_options,
+    read_prompt,
+    standard_input,
+)
+from .display import FATES, paint
 from .generate import generate
 from .loading import bundled
 from .sampling import Sampling, recommended
 from .text import ChatTemplateError
+from .watch import fates, watching
 
 
 def main(argv=None):
@@ -24,7 +37,11 @@ def main(argv=None):
 
     0 done, 1 a check found a difference, 2 bad use or input (one line says why), 130 interrupted, 141 the reader left.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not hasattr(arguments, "command"):
+        parser.error("no COMMAND; to begin with: minimtp run --trace")
+    arguments.typed = shlex.join(["minimtp", *(sys.argv[1:] if argv is None else argv)])
     _prepare_streams()
     try:
         status = arguments.command(arguments) or 0
@@ -65,10 +82,39 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+GROUPS = {
+    "generate text": ("run", "chat"),
+    "look at a model": ("show", "bench"),
+    "rules and acceptance": ("audit", "acceptance"),
+    "other engines": ("golden", "logits", "check"),
+    "checkpoint files": ("lattice", "convert", "synth"),
+}
+EXAMPLES = """\
+examples:
+  minimtp run "ROMEO:" --trace                       what becomes of draft tokens
+  minimtp show --config gemma-4-31b --memory 24GiB   whether a model fits
+"""
+
+
+class _CommandsParser(_Parser):
+    """The parser of the command itself: its help shows the commands in groups."""
+
+    def add_subparsers(self, **options):
+        self.commands = super().add_subparsers(parser_class=_Parser, **options)
+        return self.commands
+
+    def format_help(self):
+        told = {one.dest: one.help for one in self.commands._choices_actions}
+        lines = [self.format_usage(), self.description]
+        for title, names in GROUPS.items():
+            lines += ["", f"{title}:", *(f"  {name:12}{told[name]}" for name in names)]
+        return "\n".join([*lines, "", "minimtp COMMAND --help has a command's options.", "", EXAMPLES])
+
+
 def _parser():
-    parser = _Parser(prog="minimtp", description="A readable reference of multi-token prediction.")
+    parser = _CommandsParser(prog="minimtp", description="A readable reference of multi-token prediction.")
     parser.add_argument("--version", action="version", version=f"minimtp {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     model = argparse.ArgumentParser(add_help=False, parents=[loader_options()])
     model.add_argument("-k", "--num-draft", type=int, default=4, metavar="K", help="tokens drafted a round (4)")
@@ -76,7 +122,8 @@ def _parser():
 
     sampler = argparse.ArgumentParser(add_help=False)
     sampler.add_argument("--model", default=BUNDLED, help=f"{CHECKPOINT} ({BUNDLED})")
-    sampler.add_argument("--rule", choices=tuple(RULES), default="rejection", help="acceptance rule (rejection)")
+    sampler.add_argument("--rule", choices=tuple(RULES), metavar="RULE", default="rejection",
+                         help=f"acceptance rule (rejection): {', '.join(RULES)}")  # fmt: skip
     sampler.add_argument(
         "--temp", type=float, help="temperature (run: 0, the most likely token; chat: the model's own)"
     )
@@ -89,6 +136,7 @@ def _parser():
 
     run = commands.add_parser("run", parents=[model, sampler], help="continue a prompt, with drafts")
     run.set_defaults(command=run_command)
+    run.add_argument("--html", metavar="FILE", help="also write a page: click a token, and see what decided it")
     run.add_argument("prompt", nargs="?", help="the text to continue; - reads standard input")
 
     chat = commands.add_parser("chat", parents=[model, sampler], help="talk with a model; /reset forgets, /exit ends")
@@ -135,13 +183,23 @@ def _generation(arguments, drafter, sampling, target, length):
 
 
 def run_command(arguments):
-    """Continue a prompt, streaming."""
+    """Continue a prompt, streaming; with --html also as a page, of the text so far where it is interrupted."""
+    if arguments.html:
+        page.check_path(arguments.html)
     prompt = read_prompt(arguments)
     target, drafter = load_pair(arguments, RULES[arguments.rule].soft)
     never = target.generation_config.get("suppress_tokens", ())
     sampling = Sampling(arguments.temp or 0.0, arguments.top_k, arguments.top_p, arguments.min_p, never)
     options = _generation(arguments, drafter, sampling, target, length=128)
-    _show_steps(generate(target, target.tokenizer.encode(prompt), **options), target.tokenizer, arguments)
+    ids = target.tokenizer.encode(prompt)
+    if not arguments.html:
+        return _show_steps(generate(target, ids, **options), target.tokenizer, arguments)
+    run, steps = watching(target, ids, **options)
+    try:
+        _show_steps(steps, target.tokenizer, arguments)
+    finally:
+        if run.steps:
+            page.write_page(arguments.html, run, arguments.typed)
 
 
 def chat_command(arguments):
@@ -160,12 +218,18 @@ def chat_command(arguments):
     conversation = Conversation(target, arguments.system, **thinking)
     options = _generation(arguments, drafter, sampling, target, length=1024)
     lines, status = standard_input(), 0
+    if lines.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401  (lines can be edited and called back)
+        print(f"{target.folder.name}: /reset forgets, /exit ends, Ctrl-C stops an answer", file=sys.stderr)
     while (line := _read_line(lines)) not in (None, "/exit"):
         if line == "/reset":
             conversation.reset()
         elif line:
             try:
                 _show_steps(conversation.ask(line, **options), target.tokenizer, arguments)
+                if lines.isatty():
+                    print(file=sys.stderr)
                 options["seed"] += 1  # the same numbers again would tie one answer to the next
             except KeyboardInterrupt:  # ends this answer, not the conversation
                 print(file=sys.stderr)
@@ -179,10 +243,24 @@ def chat_command(arguments):
 
 def _read_line(lines):
     """The next line of input, None at its end."""
-    if lines.isatty():
-        print("> ", end="", file=sys.stderr, flush=True)
-    line = lines.readline()
+    line = _typed_line(lines) if lines.isatty() else lines.readline()
     return checked_text(line, "standard input").strip() if line else None
+
+
+def _typed_line(lines):
+    try:
+        if sys.stdout.isatty():
+            return input("> ") + "\n"
+        print("> ", end="", file=sys.stderr, flush=True)  # input() would write to standard output
+        line = lines.readline()
+    except (EOFError, KeyboardInterrupt) as end:
+        print(file=sys.stderr)
+        if isinstance(end, KeyboardInterrupt):
+            raise
+        return ""
+    if not line:
+        print(file=sys.stderr)
+    return line
 
 
 def _show_steps(steps, tokenizer, arguments):
@@ -194,14 +272,16 @@ def _show_steps(steps, tokenizer, arguments):
     finally:
         if seen:
             summary = summarize(seen)
-            print(json.dumps(summary) if arguments.json else _closing_line(summary), file=sys.stderr)
+            width = columns(sys.stderr)
+            line = json.dumps(summary) if arguments.json else _closing_line(summary, width)
+            print(paint(line, "unread") if has_colours(sys.stderr) else line, file=sys.stderr)
 
 
 def _shown(steps, tokenizer, arguments):
     """Pass the steps on, each shown as asked: its text streamed, or its trace line, or its JSON."""
     stream, held, shown = tokenizer.stream(), [], False
     if arguments.trace:
-        print(LEGEND, file=sys.stderr)
+        print(legend(has_colours(sys.stderr), columns(sys.stderr)), file=sys.stderr)
     hold = arguments.trace and sys.stdout.isatty()  # a terminal shows the trace first, then the text in one piece
     try:
         for number, step in enumerate(steps):
@@ -213,11 +293,12 @@ def _shown(steps, tokenizer, arguments):
             else:
                 print(text, end="", flush=True)
             if arguments.trace:
-                print(trace_line(number, step, tokenizer, _colours(sys.stderr)), file=sys.stderr)
+                line = trace_line(number, step, tokenizer, has_colours(sys.stderr), columns(sys.stderr))
+                print(line, file=sys.stderr)
             yield step
     finally:
         if shown and not arguments.json:
-            print("".join(held))
+            print("".join(["\n" * hold, *held]))  # a blank line between trace and text
 
 
 def _step_record(step, text):
@@ -232,36 +313,43 @@ def _step_record(step, text):
     }
 
 
-LEGEND = "round kept/drafted  + accepted, x rejected, . not looked at, > the target's correction, * the token it adds"
+WORDS = {
+    "accepted": "accepted",
+    "rejected": "rejected",
+    "unread": "not looked at",
+    "correction": "the target's correction",
+    "bonus": "the token it adds",
+}
 
 
-def _colours(stream):
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def legend(colours=False, width=None):
+    """What the marks of a trace mean."""
+    said = [(fate, f"{FATES[fate].mark} {words}") for fate, words in WORDS.items()]
+    parts = [paint(words, fate) if colours else words for fate, words in said]
+    return hang(["round kept/drafted ", *(f"{part}," for part in parts[:-1]), parts[-1]], width, indent=20)
 
 
-def trace_line(number, step, tokenizer, colours=False):
-    """One round in one line: each draft token with its fate, then the token that the target gave."""
-    accepted = step.accepted
-    ended = len(step.tokens) == accepted  # by a stop token inside the draft: nothing came after it
-    fates = ["accepted"] * accepted + ["unread" if ended else "rejected"] + ["unread"] * step.drafted
-    tokens = [*zip(fates, step.draft.tokens)]
-    if not ended:
-        tokens.append(("correction" if accepted < step.drafted else "bonus", step.verdict.token))
+def trace_line(number, step, tokenizer, colours=False, width=None):
+    """One round in one line: each draft token with its fate, then the token that the target gave.
+
+    width: columns of a terminal, for a round too long for one line.
+    """
+    head = f"{number:4} {step.accepted:{len(str(step.drafted))}}/{step.drafted} "
     parts = []
-    for fate, token in tokens:
-        mark, _, colour = FATES[fate]
-        part = mark + json.dumps(tokenizer.decode([token], special=True), ensure_ascii=False)
-        parts.append(f"\033[38;5;{colour}m{part}\033[0m" if colours else part)
-    return f"{number:4} {step.accepted}/{step.drafted}  " + " ".join(parts)
+    for fate, token in fates(step):
+        part = FATES[fate].mark + json.dumps(tokenizer.decode([token], special=True), ensure_ascii=False)
+        parts.append(paint(part, fate) if colours else part)
+    return hang([head, *parts], width, indent=len(head) + 1)
 
 
-def _closing_line(summary):
+def _closing_line(summary, width=None):
     kept = " ".join(f"{share:.0%}" for share in summary["acceptance"])
-    return (
+    text = (
         f"{summary['tokens']} tokens in {summary['passes']} target passes: {summary['tokens_per_pass']:.2f} a pass"
         + (f", accepted by depth {kept}" if kept else "")
         + f"; {summary['seconds']:.2f} s, {summary['tokens'] / summary['seconds']:.0f} tokens/s"
     )
+    return hang(text.split(), width, indent=2)
 
 
 # bench

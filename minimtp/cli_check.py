@@ -15,7 +15,7 @@ from .text import load_tokenizer
 
 def add_commands(commands):
     """Add it to argparse's table of commands."""
-    check = commands.add_parser("check", help="compare a run, another engine's dump, or a running engine, with ours")
+    check = commands.add_parser("check", help="compare a run, a dump or a running engine with ours")
     check.set_defaults(command=check_command)
     check.add_argument("model", nargs="?", help="checkpoint folder, or a bundled model (the one that was recorded)")
     what = check.add_mutually_exclusive_group(required=True)

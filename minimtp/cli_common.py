@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 
 from tqdm import tqdm
+from tqdm.utils import disp_len
 
 from .checkpoint import CheckpointError
+from .display import FATES, paint
 from .drafting import GemmaAssistant
 from .kv_storage import NAMES, STORAGES, VALUES_ONLY
 from .loading import find_drafter, load, load_drafter
@@ -80,6 +83,40 @@ def checked_text(text, name):
     except UnicodeEncodeError:
         raise ValueError(f"{name} is not UTF-8 text") from None
     return text
+
+
+def has_colours(stream):
+    """Whether what is written there may be coloured: to a terminal that has colours, for who has not said no."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def columns(stream):
+    """The width of the terminal that the stream is, None where it is none."""
+    if not stream.isatty():
+        return None
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:  # what calls itself a terminal and has no size
+        return 80
+
+
+def hang(parts, width, indent):
+    """The parts as a line, or where that is wider than `width`, as several of which all but the first are indented."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if width is None or disp_len(f"{lines[-1]} {part}") <= width:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(" " * indent + part)
+    return "\n".join(lines)
+
+
+def coloured_lines(text, stream):
+    """The text, for a stream with colours each line that begins with the mark of a fate in the colour of that."""
+    if not has_colours(stream):
+        return text
+    fates = {f"{fate.mark} ": name for name, fate in FATES.items()}
+    return "\n".join(paint(line, fates[line[:2]]) if line[:2] in fates else line for line in text.split("\n"))
 
 
 def progress_bar(unit):

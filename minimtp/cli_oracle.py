@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from . import expected, golden
@@ -12,6 +13,7 @@ from .cli_common import (
     BUNDLED,
     CHECKPOINT,
     checked_text,
+    coloured_lines,
     counting,
     load_pair,
     load_target,
@@ -39,7 +41,7 @@ def add_commands(commands):
     _add_acceptance(commands.add_parser("acceptance", parents=parents, help="expected acceptance over a text"))
     _add_golden(commands.add_parser("golden", parents=parents, help="write a run for other engines to replay"))
     parents = [loader_options(draft=False), list_options()]
-    text = "write the logits of a prompt of any length; what is interrupted goes on where it was"
+    text = "write the logits of a prompt of any length"
     _add_logits(commands.add_parser("logits", parents=parents, help=text))
 
 
@@ -107,7 +109,7 @@ def _add_logits(logits):
 def audit_command(arguments):
     """Print what rules really emit; 1 where one is not what it claims (lossy rules claim nothing)."""
     report = audit(arguments.rule)
-    print(json.dumps(report) if arguments.json else audit_text(report))
+    print(json.dumps(report) if arguments.json else coloured_lines(audit_text(report), sys.stdout))
     return 0 if report["passed"] else 1
 
 

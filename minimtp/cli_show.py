@@ -19,15 +19,17 @@ PLANNED = ("memory", "device", "kv", "format", "draft", "scratch", "plot")  # op
 
 
 def add_command(commands):
-    show = commands.add_parser("show", help="a model's layer plan, parameters and memory; whether it fits a card")
+    show = commands.add_parser("show", help="layer plan, parameters and memory; whether it fits a card")
     show.set_defaults(command=show_command)
     show.add_argument("model", nargs="?", default=BUNDLED, help=CHECKPOINT)
     show.add_argument("--config", metavar="NAME", help="a published configuration instead, without weights")
     show.add_argument("--context", type=int, metavar="N", help="tokens of context to count KV bytes for (the model's)")
     show.add_argument("--memory", metavar="24GiB", help="plan for that much memory, 600 MiB of it the driver's")
-    show.add_argument("--device", choices=tuple(DEVICES), help="plan for the memory of this card")
+    show.add_argument("--device", choices=tuple(DEVICES), metavar="CARD",
+                      help=f"plan for the memory of this card: {', '.join(DEVICES)}")  # fmt: skip
     show.add_argument("--kv", choices=NAMES, metavar="STORAGE", help=f"keys and values (bf16): {', '.join(NAMES)}")
-    show.add_argument("--format", choices=tuple(memory.FORMATS), help="weights (as stored; of a --config q4_0)")
+    show.add_argument("--format", choices=tuple(memory.FORMATS), metavar="FORMAT",
+                      help=f"weights (as stored; of a --config q4_0): {', '.join(memory.FORMATS)}")  # fmt: skip
     show.add_argument("--draft", help="auto, none, or a drafter's path; of a --config also its drafter's format")
     show.add_argument("--scratch", metavar="400MiB", help="memory to leave for a pass, instead of an estimate")
     show.add_argument("--plot", metavar="FILE", help="draw the plan as stacked bars, to a picture")
@@ -139,7 +141,7 @@ def plot(plan, path):
     axes = figure.subplots()
     for row, context in enumerate(sorted(contexts)):
         start = 0
-        for name, size in stack(plan.at(context)).items():
+        for name, size in plan.at(context).stack().items():
             axes.barh(row, size / 2**30, left=start, color=MEMORY[name], label=None if row else name)
             start += size / 2**30
     if plan.memory is not None:
@@ -148,11 +150,3 @@ def plot(plan, path):
     axes.set(xlabel="GiB", ylabel="tokens", title=f"{plan.model}, keys and values in {plan.storage}")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path)
-
-
-def stack(plan):
-    """{name in MEMORY: bytes}, from a bar's beginning to its end."""
-    sums = {"driver": plan.driver, **plan.sums}
-    kv, scratch = {f"{part.name} KV": part.bytes for part in plan.kv}, sums.pop("scratch")
-    del sums["kv"]
-    return {name: size for name, size in {**sums, **kv, "scratch": scratch}.items() if size}

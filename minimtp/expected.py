@@ -275,12 +275,12 @@ def _may_be_own(report):
 # What it looks like
 
 NAMES = {
-    "argmax": "argmax drafts, any lossless rule",
+    "argmax": "argmax drafts, lossless rules",
     "rejection": "drawn drafts, rejection",
     "block": "drawn drafts, block",
     "match": "drawn drafts, match",
-    "gumbel": "drawn drafts, shared Gumbel noise",
-    "bound": "(1 - TV) / (1 + TV), its least",
+    "gumbel": "drawn drafts, shared Gumbel",
+    "bound": "(1 - TV)/(1 + TV), its least",
 }
 
 
@@ -290,25 +290,30 @@ def table(report):
     lines = [f"rounds at {report['positions']} positions, {report['emitted']} tokens"]
     if count := report["impossible"]["count"]:
         lines.append(
-            f"{count} of the tokens could not come from this target at this sampling, the first at position "
-            f"{report['impossible']['first']}"
+            f"{count} of the tokens could not come from this target at this sampling,\n"
+            f"  the first at position {report['impossible']['first']}"
         )
     blocks = [
-        ("chance of the test at each depth", "depth", "test", "{:7.1%}"),
-        ("at least so many draft tokens stand", "depth", "kept", "{:7.1%}"),
-        ("tokens a pass, rounds at every position", "k", "tokens_per_pass", "{:7.2f}"),
-        ("tokens a pass, emitting this text", "k", "run", "{0[tokens_per_pass]:7.2f}"),
-        ("passes for this text", "k", "run", "{0[passes]:7.1f}"),
-        ("  their standard deviation", "k", "run", "{0[deviation]:7.1f}"),
-        ("speed-up", "k", "speedup", "{:7.2f}"),
+        ("chance of the test at each depth", "depth", "test", "{:6.1%}"),
+        ("at least so many draft tokens stand", "depth", "kept", "{:6.1%}"),
+        ("tokens a pass, rounds at every position", "k", "tokens_per_pass", "{:6.2f}"),
+        ("tokens a pass, emitting this text", "k", "run", "{0[tokens_per_pass]:6.2f}"),
+        ("passes for this text", "k", "run", "{0[passes]:6.1f}"),
+        ("their standard deviation", "k", "run", "{0[deviation]:6.1f}"),
+        ("speed-up", "k", "speedup", "{:6.2f}"),
     ]
     for title, unit, key, form in blocks:
         rows = [(NAMES.get(rule, rule), numbers[key]) for rule, numbers in found.items() if key in numbers]
         if rows and (key != "run" or _may_be_own(report)):
-            lines += ["", f"{title:40}{unit:>6}" + "".join(f"{j:7}" for j in range(1, K + 1))]
-            lines += [f"  {name:44}" + "".join(map(form.format, values)) for name, values in rows]
-    best = [f"{NAMES.get(rule, rule)}: k = {n['best']}" for rule, n in found.items() if "best" in n]
-    return "\n".join([*lines, *(["", "best " + "; ".join(best)] if best else [])])
+            lines += ["", title, f"  {unit:29}" + "".join(f"{j:6}" for j in range(1, K + 1))]
+            lines += [
+                f"  {name:29}" + "".join(map(form.format, values)).replace("100.0%", "  100%") for name, values in rows
+            ]
+    best = [(NAMES.get(rule, rule), n["best"]) for rule, n in found.items() if "best" in n]
+    if best:
+        lines += ["", "best k"]
+        lines += [f"  {name:29}{k:6}" + ("" if k else "  plain decoding is faster") for name, k in best]
+    return "\n".join(lines)
 
 
 def plot(report, path):

@@ -15,7 +15,8 @@ import numpy as np
 
 from .backend import scratch
 from .checkpoint import CheckpointError, release, show
-from .quant import Plain, Quantized, ids_of, release_rows, rows_of
+from .display import cells, framed, histogram, pale
+from .quant import Plain, Quantized, ids_of, release_rows, rows_of, weight_title
 
 BLOCK = 1 << 21  # weights unpacked at a time: in few calls, and what is computed on the way stays in a shared cache
 EACH_BYTE = 0x0101010101010101
@@ -70,6 +71,18 @@ class Blocks:
             if beyond or not all(np.isfinite(b[part]).all() for part in halves):
                 raise CheckpointError(f"{show(self.name)}: NaN or infinite scales")
             release(b)
+
+    def _repr_html_(self):
+        first_I = self.unpack(self.data[:1], "float64")[0]
+        block = first_I[: min(TYPES[self.type].block, 32)].tolist()
+        counts, edges = np.histogram(first_I, 16)
+        return framed(
+            weight_title(self.name, self.shape, f"{self.type}, blocks of {TYPES[self.type].block}", self.data.nbytes),
+            pale(f"the first {len(block)} weights of the first block"),
+            cells(block, max(map(abs, block)), [f"{value:.2g}" for value in block]),
+            pale(f"how often weights are how large in the first row, from {edges[0]:.3g} to {edges[-1]:.3g}"),
+            histogram(counts.tolist(), [""] * len(counts)),
+        )
 
     def as_quantized(self):
         """A Q4_0 weight as what every other int4 storage gives -> Quantized with float16 scales; a copy.

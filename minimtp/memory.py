@@ -1,6 +1,7 @@
 """Arithmetic from a configuration alone: parameters by component, stored bytes, what the cache takes."""
 
 import math
+import textwrap
 from dataclasses import asdict
 
 COMPONENTS = {  # the last part of a tensor's place -> what it counts as
@@ -146,6 +147,9 @@ def _layer_bytes(layer, config, context, itemsize):
     return 2 * layer.kv_heads * layer.head_dim * itemsize * held
 
 
+WIDTH = 80  # of a report, in characters
+
+
 def report_text(report):
     """What `describe` found (with "model", "family" and perhaps "stored_bytes", "notes"), for people to read."""
     experts, kv = report["experts"], report["kv"]
@@ -164,7 +168,8 @@ def report_text(report):
         lines.append(f"{width}, {experts['top_k']} a token{shared}")
     lines += ["", "layers"]
     for plan in report["layers"]:
-        lines.append(f"  {len(plan['at']):3} {plan['kind']:8} {_layer_text(plan)}; at {_ranges(plan['at'])}")
+        line = f"  {len(plan['at']):3} {plan['kind']:8} {_layer_text(plan)}; at {_ranges(plan['at'])}"
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent=" " * 15, break_on_hyphens=False)
     counts = {"and mtp, besides" if name == "mtp" else name: count for name, count in report["parameters"].items()}
     lines += _table("parameters", counts)
     lines += _table("bytes in a published format", report["bytes"])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from . import kv_storage
 from .backend import ROWS
+from .display import MEMORY, escaped, framed, stacked, table
 from .kv import SLACK
 from .layers import ATTEND_ELEMENTS
 
@@ -109,6 +110,33 @@ class Plan:
             lines += [f"{verdict}: {left:,} MiB left, and scratch takes {scratch:,}"]
             lines += [f"longest context that fits: {self.max_context:,} tokens"]
         return "\n".join(lines)
+
+    def stack(self):
+        """{name in display.MEMORY: bytes}, from a bar's beginning to its end."""
+        sums = {"driver": self.driver, **self.sums}
+        kv, scratch = {f"{part.name} KV": part.bytes for part in self.kv}, sums.pop("scratch")
+        del sums["kv"]
+        return {name: size for name, size in {**sums, **kv, "scratch": scratch}.items() if size}
+
+    def _repr_html_(self):
+        whole = None if self.memory is None else self.memory / MIB
+        bar = stacked({name: (size / MIB, MEMORY[name]) for name, size in self.stack().items()}, whole, " MiB")
+        groups = {"driver": (Part("driver", "", self.driver),), **self.parts()}
+        rows = [
+            [escaped(f"{group}: {part.name}" if group != part.name else group), escaped(part.stored),
+             f"{part.bytes / MIB:,.1f}"]
+            for group, parts in groups.items()
+            for part in parts
+            if part.bytes
+        ]  # fmt: skip
+        title = f"<b>{escaped(self.model)}</b>, {self.context:,} tokens, keys and values in {escaped(self.storage)}"
+        verdict = ""
+        if self.memory is not None:
+            fits = "Fits" if self.fits else "Does not fit"
+            left = f"{self.left // MIB:,} MiB left, and scratch takes {_up(self.sums['scratch']):,}"
+            longest = f"Longest context that fits: {self.max_context:,} tokens."
+            verdict = f"<div><b>{fits}</b> in {whole:,.0f} MiB (dashed): {left}. {longest}</div>"
+        return framed(f"<div>{title}</div>", bar, verdict, table(["part", "stored", "MiB"], rows))
 
     def check(self, advice=""):
         """Raise DoesNotFit, the numbers in one line, unless it fits."""

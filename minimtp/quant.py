@@ -11,8 +11,10 @@ import numpy as np
 
 from .backend import scratch
 from .checkpoint import DTYPES, FLOATS, CheckpointError, bf16_to_float, float_to_bf16, release, show
+from .display import cells, escaped, framed, histogram, pale
 
 EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # all ones: infinite or NaN
+SHOWN = 4  # rows that a notebook shows something of
 BLOCK = 1 << 21  # weights unpacked at a time: in few calls, and what is computed on the way stays in a shared cache
 
 
@@ -136,6 +138,24 @@ class Quantized:
             codes_OI[block] = _codes(self.packed[block], self.bits)
         return codes_OI
 
+    def _repr_html_(self):
+        first_RI = _codes(self.packed[:SHOWN], self.bits).copy()
+        scales_RG, rows = self.scales.rows(0, len(first_RI), "float64"), f"of the first {len(first_RI)} rows"
+        half, group = 1 << self.bits - 1, first_RI[0, : min(self.group, 32)].tolist()
+        values, counts = np.unique(first_RI, return_counts=True)
+        found = dict(zip(values.tolist(), counts.tolist()))
+        codes = range(-half, half) if self.bits <= 4 else range(int(values[0]), int(values[-1]) + 1)
+        size = self.packed.nbytes + self.scales.stored.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+        return framed(
+            weight_title(self.name, self.shape, f"int{self.bits}, groups of {self.group}", size),
+            f"<div>scales {rows}: {self.scales.dtype}, {scales_RG.min():.3g} to {scales_RG.max():.3g}</div>",
+            pale(f"codes of the first group{' (its first 32)' if self.group > 32 else ''}, "
+                 f"its scale {scales_RG[0, 0]:.3g}"),
+            cells(group, half, group),
+            pale(f"how often each code comes, {rows}"),
+            histogram([found.get(code, 0) for code in codes], codes if self.bits <= 4 else [""] * len(codes)),
+        )  # fmt: skip
+
     def _blocks(self, rows):
         height = max(1, BLOCK // self.shape[1])
         return [slice(start, start + height) for start in range(0, rows, height)]
@@ -170,6 +190,13 @@ def _codes(packed_RB, bits):
     codes_RI = word_RB.view(np.int8)
     codes_RI -= np.uint8(1 << bits - 1).view(np.int8)
     return codes_RI
+
+
+def weight_title(name, shape, stored, size):
+    """The first line of what a notebook shows of a weight."""
+    bits = 8 * size / (shape[0] * shape[1])
+    said = f"{shape[0]:,} × {shape[1]:,}, {stored}, {size:,} bytes, {bits:.2f} bits a weight"
+    return f"<div><b>{escaped(name or 'a weight')}</b> {escaped(said)}</div>"
 
 
 def find_tensor(tensors, name, dtypes, shape, said=""):

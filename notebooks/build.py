@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import jupytext
+import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 TIMEOUT = 60  # seconds, for a cell
+FIRST = "%matplotlib inline\nimport pictures\npictures.insist_on_names(get_ipython())"  # runs before a notebook, unseen
 PICTURES = "image/png", "image/svg+xml"
 
 
@@ -27,10 +29,18 @@ def execute(source):
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     options = {"resources": {"metadata": {"path": str(FOLDER)}}, "extra_arguments": ["--log-level=40"]}
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(FIRST))
     NotebookClient(notebook, timeout=TIMEOUT, **options).execute()
+    del notebook.cells[0]
+    outputs = [part for cell in notebook.cells for part in cell.get("outputs", ())]
+    if warned := [part.text for part in outputs if part.get("name") == "stderr"]:
+        raise ValueError(f"{source.stem} writes to standard error: {''.join(warned)}")
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            for counted in [cell, *(part for part in cell.outputs if "execution_count" in part)]:
+                counted.execution_count -= 1  # the first was not the notebook's
     return notebook
 
 
@@ -51,15 +61,13 @@ def difference(new, old):
 
 def shown(cell, varies):
     """What a cell shows: its text in full unless it varies, of pictures only that they are there."""
-    streams = [(part.name, part.text) for part in cell.outputs if part.output_type == "stream"]
-    if any(name == "stderr" for name, _ in streams):
-        raise ValueError(f"a cell writes to standard error: {streams}")
     kinds = [kind for part in cell.outputs for kind in PICTURES if kind in part.get("data", ())]
     if varies:
         return kinds
     data = [part.data for part in cell.outputs if "data" in part]
     texts = [entry.get("text/html") or entry["text/plain"] for entry in data if not {*PICTURES} & {*entry}]
-    return kinds, "".join(text for _, text in streams), [re.sub(r"0x[0-9a-f]{6,}", "0x…", text) for text in texts]
+    streams = [part.text for part in cell.outputs if part.output_type == "stream"]
+    return kinds, "".join(streams), [re.sub(r"0x[0-9a-f]{6,}", "0x…", text) for text in texts]
 
 
 def main():

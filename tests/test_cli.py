@@ -10,9 +10,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
+
+try:
+    import termios
+except ImportError:  # no terminals here
+    termios = None
 from random_models import write_target
 from test_loading import SIZES, WRONG, WRONG_DRAFTERS, break_target, edit_json, new_assistant, value
 from tokenizers import Tokenizer
@@ -21,7 +27,8 @@ from tokenizers.models import WordLevel
 import minimtp
 from minimtp.chat import Conversation
 from minimtp.checkpoint import CheckpointError
-from minimtp.cli import BUNDLED, LEGEND, main, trace_line
+from minimtp.cli import BUNDLED, GROUPS, legend, main, trace_line
+from minimtp.cli_common import hang
 from minimtp.loading import bundled
 
 COMMAND = [sys.executable, "-m", "minimtp"]
@@ -180,8 +187,8 @@ def test_a_trace_can_be_read_without_colour(cli, expected):
     status, out, err = cli(*SHORT, "--trace")
     assert (status, out) == (0, expected + "\n")
     assert "\033" not in err
-    legend, *rounds, closing = lines(err)
-    assert all(f"{mark} " in legend for mark in "+x.>*")
+    first, *rounds, closing = lines(err)
+    assert first == legend() and all(f"{mark} " in first for mark in "+x.>*")
     shown = []
     for number, line in enumerate(rounds):
         match = TRACE.fullmatch(line)
@@ -214,9 +221,9 @@ def test_colours_say_what_the_marks_say(expected):
     steps = list(minimtp.generate(target, tokenizer.encode(SHORT[1]), drafter, max_new_tokens=24))
     coloured = [trace_line(0, step, tokenizer, colours=True) for step in steps]
     plain = [trace_line(0, step, tokenizer) for step in steps]
-    assert [re.sub(r"\033\[\d+m", "", line) for line in coloured] == plain
-    colour_of = dict(re.findall(r"\033\[(\d+)m([+x.>*])", "".join(coloured)))
-    assert len(colour_of) == len(set(colour_of.values())) >= 3
+    assert [COLOUR.sub("", line) for line in coloured] == plain and COLOUR.sub("", legend(colours=True)) == legend()
+    colour_of = dict(re.findall(r"\033\[38;5;(\d+)m([+x.>*])", "".join([legend(colours=True), *coloured])))
+    assert len(colour_of) == len(set(colour_of.values())) == 5
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
@@ -230,19 +237,32 @@ def test_a_terminal_sees_colours_unless_it_asks_not_to(environment, coloured, ex
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
 def test_text_and_trace_on_one_terminal_do_not_mix(expected):
     done, seen = on_a_terminal(None, {})
-    trace, text, closing = seen.partition("\n" + expected + "\n")
-    legend, trace = trace.split("\n", 1)
-    assert (
-        legend == LEGEND
-        and done.returncode == 0
-        and TRACE.match(re.sub(r"\033\[\d+m", "", trace))
-        and CLOSING.fullmatch(closing)
-    )
+    trace, text, closing = COLOUR.sub("", seen).partition("\n\n" + expected + "\n")
+    assert done.returncode == 0 and trace.startswith(legend() + "\n") and CLOSING.fullmatch(closing)
+    assert all(map(TRACE.fullmatch, trace.split("\n")[1:]))
 
 
-def on_a_terminal(stdout, environment):
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_a_narrow_terminal_sees_rounds_that_hang(expected):
+    done, seen = on_a_terminal(subprocess.PIPE, {}, width=40)
+    shown = COLOUR.sub("", seen)
+    assert done.returncode == 0 and all(len(line) <= 40 for line in lines(shown))
+    assert shown.startswith(legend(width=40) + "\n") and re.search(r'\n {9}[+x.>*]"', shown)
+
+
+def test_parts_hang_by_the_columns_they_take():
+    assert hang(["head", "日本", "語"], 9, 2) == "head 日本\n  語"
+    assert hang(["head", "日本", "語"], 12, 2) == hang(["head", "日本", "語"], None, 2) == "head 日本 語"
+    assert hang(["a", "\033[38;5;35mbb\033[0m"], 4, 1) == "a \033[38;5;35mbb\033[0m"
+
+
+COLOUR = re.compile(r"\033\[[\d;]*m")
+
+
+def on_a_terminal(stdout, environment, width=200):
     """Run SHORT with --trace, standard error (and output, where None) being a terminal -> (process, what it shows)."""
     master, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, width))
     seen = bytearray()
     reader = threading.Thread(target=read_terminal, args=(master, seen))
     reader.start()
@@ -546,6 +566,35 @@ def test_chat_answers_every_line(cli, monkeypatch):
     assert all(CLOSING.fullmatch(line + "\n") for line in lines(err))
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_chat_on_a_terminal_asks_edits_and_ends():
+    master, terminal = os.openpty()
+    seen = bytearray()
+    reader = threading.Thread(target=read_terminal, args=(master, seen))
+    reader.start()
+
+    def wait_for(count):
+        end = time.monotonic() + 30
+        while seen.count(b"> ") < count and time.monotonic() < end:
+            time.sleep(0.02)
+
+    environment = ENVIRONMENT | {"TERM": "dumb"}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    with subprocess.Popen([*COMMAND, *CHAT, "--temp", "0"], **streams, env=environment) as running:
+        for number, keys in enumerate((b"Hellp\x7fo\n", b"/reset\n", b"\x10\x10\n", b"\x04"), 1):  # twice back: Hello
+            wait_for(number)
+            os.write(master, keys)
+        assert running.wait(30) == 0
+    os.close(terminal)
+    reader.join(10)
+    os.close(master)
+    shown = seen.decode().replace("\r\n", "\n")
+    hint, *_, last = shown.split("\n> ")
+    assert hint.startswith(BUNDLED) and "/exit" in hint and last.strip() == "" and last.endswith("\n")
+    first, again = re.findall(r"Hello\n((?s:.+?))\n12 tokens", shown)
+    assert first == again
+
+
 def test_chat_of_nothing(cli, monkeypatch):
     for typed in ([], [""], ["/exit", "Hello"], ["/reset"]):
         say(monkeypatch, *typed)
@@ -760,7 +809,7 @@ def test_show_every_published_configuration(cli):
     names = json.loads((Path(minimtp.__file__).parent / "published.json").read_text()).keys()
     for name in names:
         status, out, err = cli("show", "--config", name)
-        assert (status, err) == (0, "") and out.startswith(name)
+        assert (status, err) == (0, "") and out.startswith(name) and max(map(len, lines(out))) <= 80
     assert all(name.removesuffix("-assistant") in names for name in names) and len(names) >= 10
 
 
@@ -855,6 +904,14 @@ def test_help_goes_to_standard_output(cli, command):
         documented = ["--model", "--draft", "-k", "-n", "--rule", "--temp", "--top-k", "--top-p", "--min-p", "--seed",
                       "--backend", "--trace", "--json"]  # fmt: skip
         assert all(option in out for option in documented)
+
+
+def test_help_has_a_line_for_each_command_in_a_group(cli):
+    out = cli("--help")[1]
+    commands = re.findall(r"^  (\w+) {2,}\w", out, re.M)
+    assert commands == [name for names in GROUPS.values() for name in names] and max(map(len, lines(out))) <= 80
+    assert all(cli(name, "--help")[0] == 0 for name in commands)
+    assert set(cli("fly")[2].split("choose from ")[1].replace("'", "").split(")")[0].split(", ")) == set(commands)
 
 
 def test_version(cli):

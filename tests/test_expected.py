@@ -287,8 +287,8 @@ def test_the_table_names_what_it_shows():
     p_VV, q_VV = chains(4)
     report = expected(Chain(p_VV), ChainDrafter(q_VV), [0, 1, 2, 0, 1, 1, 2, 1], 2, PLAIN)
     text = table(with_costs(report, given_costs(0.1, 2)))
-    assert "drawn drafts, rejection" in text and "best argmax drafts" in text
-    shown = text.split("chance of the test")[1].splitlines()[2].split()
+    assert "drawn drafts, rejection" in text and "best k\n  argmax drafts" in text
+    shown = text.split("chance of the test")[1].splitlines()[3].split()
     assert shown[-2] == f"{report['rules']['rejection']['test'][0]:.1%}"
 
 

@@ -1,5 +1,6 @@
 """Numbers that papers and issue reports give, out of the rules themselves and without sampling where that can be."""
 
+import re
 import time
 from types import SimpleNamespace
 
@@ -289,7 +290,9 @@ def test_the_audit_of_every_rule():
     exhibit = report["rules"][-1]["cases"][0]
     assert exhibit["law"] == pytest.approx([0.8, 0.2, 0, 0, 0]) and exhibit["total_variation"] == pytest.approx(0.4)
     text = audit_text(report)
-    assert "hf-gemma4: not lossless\n  A, argmax draft  TV 0.4000  accepted 0.8000  law 0.8000 0.2000" in text
+    assert "\nx hf-gemma4: not lossless, TV up to 0.6000\n  case " in text and "\n+ rejection: lossless\n" in text
+    assert re.search(r"\nx hf-gemma4.*\n.*\n  A +argmax  0.4000    0.8000  0.8000 0.2000 0.0000", text)
+    assert max(map(len, text.splitlines())) <= 80
     assert "FAULT" not in text
 
 

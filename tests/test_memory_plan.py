@@ -13,7 +13,7 @@ import pytest
 import minimtp
 from minimtp import loading, memory, plan
 from minimtp.checkpoint import read_json
-from minimtp.cli_show import parse_memory, stack
+from minimtp.cli_show import parse_memory
 from minimtp.loading import bundled, published_config
 from minimtp.plan import MIB, DoesNotFit, make_plan
 from minimtp.synth import synthesize
@@ -307,7 +307,7 @@ def test_a_picture_needs_matplotlib(cli, monkeypatch, tmp_path):
 
 def test_bars_add_up():
     found = planned("gemma-4-31b", "q4_0", "bf16", 40_960)
-    assert sum(stack(found).values()) == found.memory - found.left + found.sums["scratch"]
+    assert sum(found.stack().values()) == found.memory - found.left + found.sums["scratch"]
 
 
 # Before loading

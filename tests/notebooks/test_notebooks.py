@@ -76,9 +76,20 @@ def test_faults_of_form_are_found():
     assert not list(faults(notebook("# A question?", "x = 1")))
 
 
+HEADER = "# ---\n# jupyter:\n#   jupytext:\n#     formats: ipynb,py:percent\n# ---\n\n# %%\n"
+
+
+def test_an_axis_without_a_name_is_found(tmp_path):
+    text = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.xlabel('tokens')"
+    (tmp_path / "a.py").write_text(HEADER + text)
+    with pytest.raises(ValueError, match="an axis has no name"):
+        build.execute(tmp_path / "a.py")
+    (tmp_path / "a.py").write_text(HEADER + text + "\nplt.ylabel('bytes')")
+    assert build.execute(tmp_path / "a.py").cells
+
+
 def test_drift_is_found(tmp_path):
-    header = "# ---\n# jupyter:\n#   jupytext:\n#     formats: ipynb,py:percent\n# ---\n\n# %%\n"
-    (tmp_path / "a.py").write_text(header + 'print("one")\n\n# %% tags=["varies"]\nprint("now")\n')
+    (tmp_path / "a.py").write_text(HEADER + 'print("one")\n\n# %% tags=["varies"]\nprint("now")\n')
     kept = build.execute(tmp_path / "a.py")
     again = build.execute(tmp_path / "a.py")
     again.cells[1].outputs[0].text = "later"
