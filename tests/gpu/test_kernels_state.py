@@ -1,4 +1,4 @@
-"""Kernels of norms, the Gated DeltaNet and the choice of tokens, run on the CPU, against NumPy."""
+"""Kernels of norms and the Gated DeltaNet, run on the CPU, against NumPy."""
 
 import shutil
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from minimtp import golden, layers, qwen35, shim
+from minimtp import layers, qwen35, shim
 from minimtp.delta_state import DeltaState
 from minimtp.kernel_source import source
 
@@ -289,90 +289,3 @@ def test_a_delta_net_with_planted_defects_is_caught():
     ]
     for edit in edits:
         assert_caught(check_delta_net, "backward", plan, rule_text=changed("gated_delta", rule, edit))
-
-
-# Choosing tokens
-
-SLICE, THREADS = 128, 64
-
-
-def top(logits_TV, count, cap=0.0, order="forward", text=None, slice_=SLICE, threads=THREADS):
-    """(ids, logits, logsumexp) by both kernels; text: of the first."""
-    T, vocabulary = logits_TV.shape
-    parts = -(-vocabulary // slice_)
-    constants = ("SLICE", slice_), ("THREADS", threads), ("TOP", count)
-    entries_TPN, sums_TP = np.full((T, parts, count), 2**64 - 1, np.uint64), nans(T, parts)
-    ids_TN, top_TN, logsumexp_T = np.full((T, count), -7, np.int32), nans(T, count), nans(T)
-    shim.launch(
-        "top", "top_parts", (parts, T), threads, [entries_TPN, sums_TP, logits_TV, vocabulary, float(cap)],
-        constants=constants, shared=8 * slice_, order=order, text=text,
-    )  # fmt: skip
-    arguments = [ids_TN, top_TN, logsumexp_T, entries_TPN, sums_TP, parts]
-    shim.launch("top", "top_merge", T, threads, arguments, constants=constants, shared=8 * slice_, order=order)
-    return ids_TN, top_TN, logsumexp_T
-
-
-def check_top(vocabulary, count, cap=None, order="forward", text=None, rows=3, **sizes):
-    random = np.random.RandomState(vocabulary)
-    logits_TV = (30 * random.standard_normal((rows, vocabulary))).astype(np.float32).round()  # with many ties
-    logits_TV[0, 3::7] = -np.inf
-    got_ids_TN, got_TN, logsumexp_T = top(logits_TV, count, cap or 0.0, order, text, **sizes)
-    wanted = golden.top_entries("x", layers.softcap(logits_TV, cap and np.float32(cap)), count)
-    assert np.array_equal(got_ids_TN, wanted["x.top_ids"])
-    assert_close(logsumexp_T[:, None], wanted["x.logsumexp"])
-    if cap:
-        assert_close(got_TN, wanted["x.top"])
-    else:
-        assert np.array_equal(got_TN, wanted["x.top"])
-        assert np.array_equal(got_ids_TN[:, 0], logits_TV.argmax(-1))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("vocabulary, count", [(1000, 16), (16, 16), (128, 16), (1000, 1), (1, 1), (129, 1)])
-def test_top_entries_argmax_and_logsumexp(vocabulary, count, order):
-    check_top(vocabulary, count, order=order)
-
-
-def test_top_entries_of_squashed_logits():
-    check_top(700, 16, cap=300.0)
-
-
-def test_the_largest_vocabulary_at_its_real_slices():
-    check_top(262_144, 64, rows=1, slice_=4096, threads=512)
-
-
-def test_fewer_logits_than_entries_leave_entries_without_an_id():
-    ids_TN, top_TN, _ = top(np.array([[1, 2, 3]], np.float32), 16)
-    assert ids_TN[0].tolist() == [2, 1, 0, *[-1] * 13]
-    assert top_TN[0].tolist() == [3, 2, 1, *[-np.inf] * 13]
-
-
-def test_equal_logits_zeros_of_both_signs_too_go_to_the_lowest_id():
-    logits_TV = np.full((1, 300), -1, np.float32)
-    logits_TV[0, [5, 140, 299]] = -0.0, 0.0, 0.0
-    assert top(logits_TV, 1)[0].tolist() == [[5]]
-    assert top(logits_TV, 16)[0][0, :5].tolist() == [5, 140, 299, 0, 1]
-
-
-@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
-def test_what_is_no_logit_comes_first_and_makes_the_logsumexp_infinite(bad):
-    logits_TV = np.zeros((2, 300), np.float32)
-    logits_TV[1, [200, 250]] = bad, np.inf
-    ids_TN, _, logsumexp_T = top(logits_TV, 1)
-    assert ids_TN.tolist() == [[0], [200]]
-    assert np.isfinite(logsumexp_T[0]) and logsumexp_T[1] == np.inf
-
-
-def test_a_row_of_which_nothing_is_left_has_a_logsumexp_of_minus_infinity():
-    ids_TN, top_TN, logsumexp_T = top(np.full((1, 300), -np.inf, np.float32), 1)
-    assert (ids_TN[0, 0], top_TN[0, 0], logsumexp_T[0]) == (0, -np.inf, -np.inf)
-
-
-def test_a_choice_with_planted_defects_is_caught():
-    constants = ("SLICE", SLICE), ("THREADS", THREADS), ("TOP", 16)
-    edits = [
-        ("left + (i ^ (TOP - 1))", "left + i"),
-        ("entries[high] = a;\n    }\n    __syncthreads();", "entries[high] = a;\n    }"),
-    ]
-    for edit in edits:
-        assert_caught(check_top, 1000, 16, order="backward", text=changed("top", constants, edit))

@@ -63,7 +63,6 @@ TABLE = {
     "matvec_q6k": every(TOKENS=WIDTHS),
     "rms_norm": [()],
     "rope_write": every(HEAD_DIM=[256, 512], STORAGE=STORAGES),
-    "top": every(SLICE=[4096], THREADS=[512], TOP=[1, 16, 64]),
 }
 
 
