@@ -12,6 +12,7 @@ import os
 import reprlib
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,10 +84,15 @@ class Checkpoint:
 
     def stored_bytes(self):
         """-> {dtype: bytes} of all its tensors."""
-        stored = {}
-        for tensor in self.tensors.values():
-            stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.data.size
-        return stored
+        return bytes_by_type(self.tensors)
+
+
+def bytes_by_type(tensors):
+    """{dtype: bytes} of {name: RawTensor}."""
+    stored = Counter()
+    for tensor in tensors.values():
+        stored[tensor.dtype] += tensor.data.size
+    return stored
 
 
 def open_checkpoint(path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -207,11 +208,10 @@ def _check_room(checkpoint, family, config, dtype, keep):
     Packed ones, and those stored in the run's own dtype, stay in their file: the system gives their pages back.
     """
     if keep == "dense":
-        weights, own = {}, {"float32": "F32", "float64": "F64"}[dtype.name]
+        weights, own = Counter(), {"float32": "F32", "float64": "F64"}[dtype.name]
         for place, (_, shape, kind) in family.tensors(config).items():
             if kind != "unused":
-                key = component_of(place), dtype.name
-                weights[key] = weights.get(key, 0) + math.prod(shape) * dtype.itemsize
+                weights[component_of(place), dtype.name] += math.prod(shape) * dtype.itemsize
         room = available_memory() + checkpoint.stored_bytes().get(own, 0)
         plan = make_plan(str(checkpoint.folder), config, weights, 1, dtype.name, memory=room, driver=0, scratch=0)
         plan.check(" that are free: keep packed leaves weights in their file")
