@@ -130,7 +130,7 @@ class Quantized(Unpacking):
         return codes_OI
 
     def _unpack(self, rows, dtype, out=None):
-        packed_RB, scales_RG = self.packed[rows], self.scales._unpack(rows, dtype)
+        packed_RB, scales_RG = self.packed[rows], self.scales._widen(self.scales.stored[rows], dtype)
         zeros_RG = None if self.zeros is None else self.zeros[rows]
         shape = len(packed_RB), self.shape[1]
         w_RI = np.empty(shape, dtype) if out is None else out
