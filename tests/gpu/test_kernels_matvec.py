@@ -176,9 +176,9 @@ def test_the_int8_layout_of_q8_0_has_the_weights_bits():
     assert codes_OI.flags.c_contiguous and scales_OG.flags.c_contiguous
 
 
-@pytest.mark.parametrize("at_once", [device_layout.ROWS_AT_ONCE, 2 * 768])
+@pytest.mark.parametrize("at_once", [device_layout.BLOCK, 2 * 768])
 def test_the_layout_of_q6_k_has_the_weights_bits(at_once, monkeypatch):
-    monkeypatch.setattr(device_layout, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(device_layout, "BLOCK", at_once)
     weight = blocks(5, 768, "Q6_K")
     low_OB, high_OB, scales_OS, steps_ON = device_layout.q6k(weight)
     column = np.arange(768)
