@@ -126,6 +126,7 @@ def draw(p_V, u):
 
 
 def softmax(z_TV):
+    """Over the last axis."""
     e_TV = np.exp(z_TV - z_TV.max(-1, keepdims=True))
     return e_TV / e_TV.sum(-1, keepdims=True)
 
