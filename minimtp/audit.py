@@ -13,6 +13,7 @@ import numpy as np
 
 from .acceptance import RULES, decision, exact_law, one_hot
 from .display import VERMILLION, escaped, framed, pale, table
+from .sampling import softmax
 
 NARROW = 1e-13  # intervals of a uniform that only rounding made
 MOST = 2000  # changes along one uniform: more, and it is no test and no draw
@@ -181,17 +182,12 @@ def coupling_acceptance(p_V, q_V):
 # --- the audit ---
 
 
-def _softmax(z_V, temperature):
-    e_V = np.exp(np.asarray(z_V) / temperature)
-    return e_V / e_V.sum()
-
-
-_P, _Z = np.array([0.4, 0.3, 0.15, 0.1, 0.05]), [2, 1.5, 1, 0.5, 0]
+_P, _Z = np.array([0.4, 0.3, 0.15, 0.1, 0.05]), np.array([2, 1.5, 1, 0.5, 0])
 CASES = {  # name: p, q
     "A": (_P, np.array([0.5, 0.2, 0.15, 0.1, 0.05])),
     "B": (_P, _P),  # a perfect drafter
-    "C": (_softmax(_Z, 0.7), _softmax(_Z, 1)),  # a temperature that only the target knows of
-    "D": (_softmax(_Z, 1), _softmax(_Z, 0.5)),
+    "C": (softmax(_Z / 0.7), softmax(_Z)),  # a temperature that only the target knows of
+    "D": (softmax(_Z), softmax(_Z / 0.5)),
     "E": (np.array([0.1, 0.5, 0.2, 0.1, 0.1]), np.array([0.6, 0.1, 0.1, 0.1, 0.1])),
 }
 SETTINGS = {  # of the rules that have parameters: those audited

@@ -12,6 +12,7 @@ import os
 import reprlib
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,10 +84,15 @@ class Checkpoint:
 
     def stored_bytes(self):
         """-> {dtype: bytes} of all its tensors."""
-        stored = {}
-        for tensor in self.tensors.values():
-            stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.data.size
-        return stored
+        return bytes_by_type(self.tensors)
+
+
+def bytes_by_type(tensors):
+    """{dtype: bytes} of {name: RawTensor}."""
+    stored = Counter()
+    for tensor in tensors.values():
+        stored[tensor.dtype] += tensor.data.size
+    return stored
 
 
 def open_checkpoint(path):
@@ -127,7 +133,7 @@ def read_safetensors(path):
         raise CheckpointError(f"{path}: not a safetensors file: header length {length} is above {MAX_JSON}")
     if 8 + length > len(data):
         raise CheckpointError(f"{path}: truncated: header of {length} bytes in a file of {len(data)}")
-    header = _parse_json(data[8 : 8 + length].tobytes(), f"{path}: header")
+    header = parse_json(data[8 : 8 + length].tobytes(), f"{path}: header")
     metadata = header.pop("__metadata__", {})
     if not _are_texts(metadata):
         raise CheckpointError(f"{path}: header: __metadata__ is not a table of texts")
@@ -321,10 +327,10 @@ def read_json(path):
     data = map_file(path)
     if len(data) > MAX_JSON:
         raise CheckpointError(f"{path}: {len(data)} bytes of JSON, more than {MAX_JSON}")
-    return _parse_json(data.tobytes(), path)
+    return parse_json(data.tobytes(), path)
 
 
-def _parse_json(data, where):
+def parse_json(data, where):
     """JSON text -> dict; repeated keys are refused, since readers differ in which one they believe."""
 
     def unique(pairs):

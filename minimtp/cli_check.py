@@ -3,12 +3,11 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from . import golden
 from .checkpoint import CheckpointError
-from .cli_common import BUNDLED, checked_text, load_pair, read_prompt
-from .loading import bundled, load, load_drafter, open_model
+from .cli_common import BUNDLED, load_pair, read_prompt, text_in
+from .loading import load, load_drafter, open_model
 from .oracle_logits import EPSILON
 from .text import load_tokenizer
 
@@ -102,8 +101,6 @@ def _check_hf(arguments):
         raise CheckpointError(f"{checkpoint.folder} has no tokenizer")
     if arguments.tokens < 1:
         raise ValueError(f"--tokens is {arguments.tokens}, wanted 1 or more")
-    path = Path(arguments.text) if arguments.text else bundled("heldout.txt")
-    text = checked_text(path.read_text(encoding="utf-8", errors="surrogateescape"), path)
-    ids = tokenizer.encode(text)[: arguments.tokens]
+    ids = tokenizer.encode(text_in(arguments.text))[: arguments.tokens]
     report = hf_check.check(arguments.model or arguments.hf, ids, arguments.hf, arguments.draft or "auto")
     return report, hf_check.report_text(report)

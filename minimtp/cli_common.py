@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from tqdm import tqdm
 from tqdm.utils import disp_len
@@ -13,7 +14,7 @@ from .checkpoint import CheckpointError
 from .display import FATES, paint
 from .drafting import GemmaAssistant
 from .kv_storage import NAMES, STORAGES, VALUES_ONLY
-from .loading import find_drafter, load, load_drafter
+from .loading import bundled, find_drafter, load, load_drafter
 
 BUNDLED = "tiny-gemma4"
 CHECKPOINT = "checkpoint folder, GGUF file, or a bundled model"
@@ -66,6 +67,12 @@ def read_prompt(arguments):
     if prompt is None:
         print(f"prompt: {json.dumps(PROMPT)}", file=sys.stderr)
     return PROMPT if prompt is None else checked_text(prompt, "the prompt")
+
+
+def text_in(path):
+    """The text of a file, or the bundled held-out one where none is named."""
+    path = Path(path) if path else bundled("heldout.txt")
+    return checked_text(path.read_text(encoding="utf-8", errors="surrogateescape"), path)
 
 
 def standard_input():

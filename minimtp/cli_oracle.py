@@ -12,7 +12,6 @@ from .checkpoint import new_file
 from .cli_common import (
     BUNDLED,
     CHECKPOINT,
-    checked_text,
     coloured_lines,
     counting,
     load_pair,
@@ -20,11 +19,11 @@ from .cli_common import (
     loader_options,
     progress_bar,
     read_prompt,
+    text_in,
 )
 from .cli_worklist import can_go_on, check_list, check_place, list_options, loaded, run_list
 from .generate import CHUNK
 from .golden import tap_names
-from .loading import bundled
 from .logits import write_logits
 from .sampling import Sampling
 
@@ -150,14 +149,7 @@ def _expected(arguments, target, drafter, ids):
 
 
 def _ids_of_text(arguments, tokenizer):
-    if not arguments.ids:
-        path = Path(arguments.text) if arguments.text else bundled("heldout.txt")
-        return tokenizer.encode(_text_in(path))
-    return _ids_in(arguments.ids)
-
-
-def _text_in(path):
-    return checked_text(Path(path).read_text(encoding="utf-8", errors="surrogateescape"), path)
+    return _ids_in(arguments.ids) if arguments.ids else tokenizer.encode(text_in(arguments.text))
 
 
 def _ids_in(path):
@@ -230,7 +222,7 @@ def logits_command(arguments):
     if arguments.prompts:
         return run_list(arguments, logits_of, ".safetensors")
     check_place(arguments.output)
-    item = {"ids": _ids_in(arguments.ids)} if arguments.ids else {"prompt": _text_in(arguments.prompt_file)}
+    item = {"ids": _ids_in(arguments.ids)} if arguments.ids else {"prompt": text_in(arguments.prompt_file)}
     target = load_target(arguments)
     with can_go_on(), progress_bar(" layers") as bar:
         report = _write_logits(arguments, target, item, arguments.output, counting(bar))

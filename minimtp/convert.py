@@ -117,10 +117,11 @@ def _check_destination(dst, to):
     if not dst.absolute().parent.is_dir():
         raise CheckpointError(f"{dst}: no such folder to write into")
     sweep(dst.absolute())
-    _refuse_existing(dst)
+    refuse_existing(dst)
 
 
-def _refuse_existing(dst):
+def refuse_existing(dst):
+    """Raise CheckpointError where something is there already."""
     if dst.exists():
         raise CheckpointError(f"{dst}: is already there")
 
@@ -150,7 +151,7 @@ def write_checkpoint(source, dst, to, progress=None, name="", compare=True):
         _check_bytes(path, sums, meter)
         if compare:
             _compare(source, plan, path if to in FILE_TYPES else folder, meter, size)
-        _refuse_existing(dst)
+        refuse_existing(dst)
         os.rename(path if to in FILE_TYPES else folder, dst)
     return Report(name, str(dst), to, list(plan.rows.values()), plan.dropped, source.notes)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .backend import ROWS, to_host
+from .backend import ROWS
 from .kv import check_rollback, check_saved
 from .layers import delta_writes
 
@@ -114,7 +114,7 @@ class DeltaState:
 
     def state(self):
         """What `restore` needs, as named host arrays."""
-        return {"state": to_host(self.state_HKV), "window": to_host(self.window())}
+        return {"state": self.state_HKV, "window": self.window()}
 
     def restore(self, state, length):
         """Take over a saved state after `length` tokens. Raises CacheError where its shapes are not this memory's."""

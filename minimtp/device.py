@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from .backend import BackendError, twins
-from .kernel_source import OPTIONS, kernels_in, source, three
+from .kernel_source import OPTIONS, source, three
 from .plan import DRIVER, DoesNotFit
 
 ALIGNMENT = 256  # bytes; what CUDA's own allocations have
@@ -316,9 +316,9 @@ class Host(Device):
 
     def launch(self, file, kernel, grid, block, arguments, constants=(), shared=0):
         """Run a kernel. Raises shim.KernelError for what a GPU would not forgive."""
-        from .shim import library, start
+        from .shim import compiled, start
 
-        module, values = library(file, kernels_in(file), constants), list(map(_argument, arguments))
+        module, values = compiled(source(file, constants)), list(map(_argument, arguments))
         self._do(lambda: start(module, kernel, grid, block, values, shared, self.order))
 
     def capture(self, start):

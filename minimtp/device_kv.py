@@ -3,7 +3,7 @@
 import numpy as np
 
 from .backend import BackendError
-from .kv import Counted, check_saved
+from .kv import Buffered, Counted, check_saved
 from .kv_storage import STORAGES
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
@@ -20,7 +20,7 @@ class DeviceMemory(Counted):
         self.length += count
 
 
-class DeviceKV(DeviceMemory):
+class DeviceKV(DeviceMemory, Buffered):
     """Keys and values of one attention layer, [G, slots, K], with the contract of kv.FullKV and kv.SlidingKV.
 
     Position p lies in slot p, or with a window in slot p % slots: a ring, that holds the window, one entry more (see
@@ -35,17 +35,7 @@ class DeviceKV(DeviceMemory):
         self.storage, self.values_only = STORAGES[storage], keys_of is not None
         self.keep = None if window is None else window + 1
         self.names = ("k", "v") if keys_of is None else ("v",)
-        self.buffers = self._new_buffers(slots or (self.keep or 0) + ROOM)
-
-    @property
-    def slots(self):
-        """How many tokens the buffers have room for."""
-        return self.buffers["v"].shape[1]
-
-    @property
-    def nbytes(self):
-        """Bytes of the buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
+        self.buffers = self.new_buffers(slots or (self.keep or 0) + ROOM, device.empty)
 
     def make_room(self, count):
         """Make sure that a pass of so many tokens finds its slots."""
@@ -81,19 +71,11 @@ class DeviceKV(DeviceMemory):
     def _slots_of(self, start, stop):
         return np.arange(start, stop) % max(self.slots, 1)
 
-    def _new_buffers(self, slots):
-        G, K = self.shape
-        return {
-            name + suffix: self.device.empty((G, slots, width or K), part)
-            for name in self.names
-            for suffix, (part, width) in self.storage.parts.items()
-        }
-
     def _move(self, slots):
         """Keep what may still be read, in larger buffers."""
         first = max(0, min(self.committed, self.length) - (self.keep or self.length))
         before, runs = self.buffers, list(_runs(first, self.length, self.slots, slots))
-        self.buffers = self._new_buffers(slots)
+        self.buffers = self.new_buffers(slots, self.device.empty)
         for name, buffer in self.buffers.items():
             for old_SK, new_SK in ((before[name][g], buffer[g]) for g in range(len(buffer))):
                 for old, new, count in runs:

@@ -11,8 +11,8 @@ import numpy as np
 
 from .checkpoint import CheckpointError, show
 from .ggml import TYPES, Blocks
+from .quant import BLOCK, row_blocks
 
-ROWS_AT_ONCE = 1 << 21  # weights whose codes are unpacked on the way
 KINDS = {"F16": "f16", "BF16": "bf16", "F32": "f32"}  # of a float in a file, and in a kernel
 
 
@@ -71,8 +71,7 @@ def q6k(blocks):
     """Q6_K Blocks -> Q6K, a copy."""
     b_ON, (O, I) = _records(blocks, "Q6_K"), blocks.shape
     layout = Q6K(*(np.empty((O, I // part), kind) for part, kind in ((2, "u1"), (4, "u1"), (16, "i1"), (256, "<f2"))))
-    step = max(1, ROWS_AT_ONCE // I)
-    for rows in (slice(at, at + step) for at in range(0, O, step)):
+    for rows in row_blocks(O, I, BLOCK):
         b_N = b_ON[rows].reshape(-1)
         for array, part in zip(layout, (*_low_and_high(_codes_q6k(b_N)), _scales_q6k(b_N), b_N["d"])):
             array[rows] = part.reshape(len(b_ON[rows]), -1)

@@ -7,14 +7,23 @@ import numpy as np
 from . import device_layout
 from .backend import Rounded
 from .checkpoint import CheckpointError, show
+from .device_layout import KINDS
 from .ggml import Blocks
 from .quant import Plain, Quantized, release_all
 
-FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 WARPS, MANY_ROWS = 4, 4096  # of a block: twice as many where rows are many, which then read x half as often
 
 
-class Weight:
+class Stored:
+    """What lies on a device in `arrays`, some of which may be None."""
+
+    @property
+    def nbytes(self):
+        """Bytes on the device."""
+        return sum(array.nbytes for array in self.arrays if array is not None)
+
+
+class Weight(Stored):
     """A matrix [O, I] on a device; kernel_ops.matmul and gather read it.
 
     storage and scale are the constants of gather.cu; arrays: what it takes for stored, scales, high and steps.
@@ -24,11 +33,6 @@ class Weight:
         self.device, self.shape, self.storage, self.scale = device, shape, storage, scale
         self.arrays = [device.array(array) if isinstance(array, np.ndarray) else array for array in arrays]
         self.group, self.span = group, span
-
-    @property
-    def nbytes(self):
-        """Bytes on the device."""
-        return sum(array.nbytes for array in self.arrays if array is not None)
 
     def product(self, out_TO, x_TI):
         """Launch out = x times the transpose, for as many tokens as a kernel takes."""
@@ -61,10 +65,10 @@ class Weight:
         arguments = [out_TO, x_TI, *self.arrays[:2], *up.arrays[:2], rows, columns, self.group]
         self.device.launch("matvec_int4", "gated_int4", grid, 32 * WARPS, arguments, constants)
 
-    def gather(self, out_TD, ids_T, factor=1.0):
-        """Launch out = rows of it, by ids on the device, times a factor."""
+    def gather(self, out_TD, ids_T):
+        """Launch out = rows of it, by ids on the device."""
         columns, constants = self.shape[1], (("STORAGE", self.storage), ("SCALE", self.scale))
-        arguments = [out_TD, ids_T, *self.arrays, columns, self.group, float(factor)]
+        arguments = [out_TD, ids_T, *self.arrays, columns, self.group]
         self.device.launch("gather", "gather", (-(-columns // 256), len(ids_T)), 256, arguments, constants)
 
 
@@ -73,7 +77,7 @@ def floats(w_OI):
     return Weight(w_OI.device, w_OI.shape, "FLOATS", "f32", [w_OI, None, None, None])
 
 
-class Experts:
+class Experts(Stored):
     """The matrices of all experts, [E, rows, I], on a device; kernel_ops.mixture reads them.
 
     constants: how experts.cu is compiled for them; arrays: codes and scales, or bf16 weights and None.
@@ -90,11 +94,6 @@ class Experts:
                 if place is not None:
                     place[e].set(array)
             release_all(weights[e])
-
-    @property
-    def nbytes(self):
-        """Bytes on the device."""
-        return sum(array.nbytes for array in self.arrays if array is not None)
 
 
 def _expert(weight):
@@ -119,8 +118,8 @@ def weight_on(device, weight):
     elif isinstance(weight, Blocks) and weight.type == "Q6_K":
         low, high, scales, steps = device_layout.q6k(weight)
         made = Weight(device, weight.shape, "Q6K", "f16", [low, scales, high, steps], 256)
-    elif isinstance(weight, Plain) and weight.dtype in FLOATS:
-        made = Weight(device, weight.shape, "FLOATS", FLOATS[weight.dtype], [weight.stored, None, None, None])
+    elif isinstance(weight, Plain) and weight.dtype in KINDS:
+        made = Weight(device, weight.shape, "FLOATS", KINDS[weight.dtype], [weight.stored, None, None, None])
     elif isinstance(weight, Blocks):  # the types that no published checkpoint has
         made = Weight(device, weight.shape, "FLOATS", "f32", [weight.dequantize(np.float32), None, None, None])
     elif isinstance(weight, np.ndarray) and weight.dtype == np.float32:

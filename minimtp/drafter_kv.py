@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import to_host
 from .kv import CacheError, check_rollback, check_saved, integers
 
 BEHIND = 1024  # committed tokens that a drafter may not have read yet
@@ -101,7 +100,7 @@ class DrafterKV:
     def state(self):
         """What `restore` needs, as named host arrays."""
         made_with, maker = np.array(self.made_with, np.int64), np.frombuffer(self.maker.encode(), np.uint8)
-        hidden_TD = to_host(np.concatenate(self._noted.pieces))
+        hidden_TD = np.concatenate(self._noted.pieces)
         return {**self.kv.state(), "made_with": made_with, "maker": maker, "hidden": hidden_TD}
 
     def restore(self, state, length):

@@ -59,7 +59,7 @@ def check_news(new_tokens_N, hidden_ND, cache, num_draft):
 
 def choose(logits_V, sampling, u=None):
     """(token, law it was drawn from): by argmax, with law None, at temperature 0; else by inverse CDF of u."""
-    law_V = sampling.law(to_host(logits_V))
+    law_V = sampling.law(logits_V)
     return (int(law_V.argmax()), None) if sampling.temperature == 0 else (draw(law_V, u), law_V)
 
 
@@ -106,7 +106,7 @@ class GemmaAssistant:
             token, law_V = choose(logits_V, sampling, None if sampling.temperature == 0 else u_K[j])
             tokens.append(token)
             laws.append(law_V)
-            softs += [Sampling().law(to_host(logits_V))] * self.soft
+            softs += [Sampling().law(logits_V)] * self.soft
         return _draft(tokens, laws, softs)
 
 

@@ -26,7 +26,7 @@ from .audit import coupled
 from .backend import ROWS
 from .bench import pass_costs
 from .drafting import Draft
-from .generate import CHUNK, GREEDY, spans
+from .generate import CHUNK, GREEDY, spans, without_placeholders
 
 FOREIGN = 0.05  # a text is someone else's where more of its tokens than this could not come from the target
 
@@ -144,9 +144,8 @@ def expected(target, drafter, ids_T, num_draft=8, sampling=GREEDY, draft_samplin
         raise ValueError(f"num_draft is {num_draft}, stride {stride}: wanted 1 to {ROWS - 1}, and at least 1")
     if not 1 <= first <= len(ids_T) - 3:
         raise ValueError(f"{len(ids_T)} tokens of text with a prompt of {first}: wanted at least 1 and 3 more")
-    never = getattr(target.config, "placeholders", {})  # as `generate` leaves them out
-    both = sampling, draft_sampling or sampling
-    sampling, draft_sampling = (replace(one, suppress=(*one.suppress, *never)) for one in both)
+    draft_sampling = without_placeholders(draft_sampling or sampling, target)
+    sampling = without_placeholders(sampling, target)
     ids_T, rounds, impossible = list(map(int, ids_T)), {}, []
     greedy = replace(draft_sampling, temperature=0.0)
     for n, tokens, q_logits, logits_JV in read(target, drafter, ids_T, first, num_draft, greedy, stride=stride):

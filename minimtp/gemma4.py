@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from .backend import arithmetic, gather, matmul
+from .backend import gather, matmul
 from .cache import Cache
 from .checkpoint import CheckpointError, show
 from .config import config_size, config_value, layer_count, layer_kinds, placeholders, refuse_unsupported
@@ -16,9 +16,7 @@ from .kv import FullKV, SlidingKV
 from .kv_storage import VALUES_ONLY, parse
 from .layers import (
     KV_BLOCK,
-    Output,
     Rope,
-    Taps,
     add_normed,
     attend_over,
     best_experts,
@@ -30,7 +28,6 @@ from .layers import (
     rope_table,
     seen,
     softcap,
-    token_ids,
     turn_and_keep,
 )
 
@@ -363,24 +360,12 @@ def rope_tables(config, positions_T, dtype):
     return {kind: rope_table(positions_T, rope_frequencies(config.ropes[kind], dims[kind]), dtype) for kind in dims}
 
 
-def forward(params, config, ids_T, cache, dtype, taps=(), last=None, progress=None):
-    """Read ids_T after what the cache holds -> Output, with the logits of the last `last` of them (None: all).
+def forward(params, config, cache, dtype, tap, last, ids_T, positions_T):
+    """Read tokens at these positions, the cache's next -> (logits, hidden states after the final norm).
 
-    Depends on its arguments alone; the cache afterwards holds the tokens, or is as before where this raises.
+    Logits of the last `last` tokens (None: all). Depends on its arguments alone, and looks at no number: so it can be
+    captured on a device. Target.forward calls it.
     """
-    ids_T = token_ids(ids_T, config.vocab_size, config.placeholders)
-    if last is not None and last < 0:
-        raise ValueError(f"last is {last}, wanted None or a number of rows")
-    tap = Taps(taps, len(config.layers), progress)
-    with arithmetic(), cache.reading(ids_T) as start:
-        read = partial(_read, params, config, cache, dtype, tap, last)
-        key, positions_T = None if taps else ("target", last), np.arange(start, start + len(ids_T))
-        logits_TV, hidden_TD = cache.run(read, ids_T, positions_T, writes=cache.layers, key=key)
-    return Output(logits_TV, hidden_TD, *tap.collected())
-
-
-def _read(params, config, cache, dtype, tap, last, ids_T, positions_T):
-    """The pass itself -> (logits, hidden states after the final norm). It looks at no number, so it can be captured."""
     ropes = rope_tables(config, positions_T, dtype)
     spans = {"sliding": seen(positions_T, config.sliding_window), "full": seen(positions_T)}
     x_TD = tap("embed", embed(params, config, ids_T, dtype))

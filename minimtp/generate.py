@@ -67,57 +67,57 @@ def generate(
 
     Raises ValueError, before anything is read, for arguments that make no sense or a prompt that does not fit.
     """
-    never = getattr(target.config, "placeholders", {})  # what stands for an image can be neither read nor drafted
-    prompt_ids, stop = token_ids(prompt_ids, target.config.vocab_size, never), frozenset(stop)
+    prompt_ids, stop = token_ids(prompt_ids, target.config.vocab_size, placeholders(target)), frozenset(stop)
     exact_law(rule, np.ones(1), 0, **parameters)  # raises for an unknown rule or parameter
     _check_numbers(num_draft, max_new_tokens, seed)
     cache = _new_cache(target, len(prompt_ids) + max_new_tokens) if cache is None else cache
     room = cache.capacity - cache.length - len(prompt_ids)
     if room < 0:
         raise ValueError(f"a prompt of {len(prompt_ids)} tokens is {-room} longer than the context has room for")
-    both = sampling, draft_sampling or sampling
-    sampling, draft_sampling = (replace(one, suppress=(*one.suppress, *never)) for one in both)
-    rng, emitted, budget = np.random.default_rng(seed), [], min(max_new_tokens, room + 1)
-
-    def finished(count, last):
-        return count == budget or last in stop
-
-    def settle(unread, out, draft):
-        """Decide about a pass, un-read what was rejected -> (verdict, its uniforms, tokens, news, behind)."""
-        u_J = rng.random(len(draft.tokens) + 1)
-        verdict = accept(rule, _laws(sampling, out.logits_TV, emitted, draft), draft, u_J, **parameters)
-        tokens = _until_stop([*draft.tokens[: verdict.accepted], verdict.token], stop)
-        cache.rollback(len(draft.tokens) + 1 - len(tokens))  # the last token emitted is always left to be read
-        news = [*unread, *tokens]
-        behind_ND = out.hidden_TD[: len(news)]
-        if drafter is not None and finished(len(emitted) + len(tokens), tokens[-1]):
-            drafter.propose(news, behind_ND, cache, 0, draft_sampling, ())
-        if commit:
-            cache.commit()
-        emitted.extend(tokens)
-        return verdict, u_J, tokens, news, behind_ND
+    draft_sampling = without_placeholders(draft_sampling or sampling, target)
+    sampling = without_placeholders(sampling, target)
+    rng, budget = np.random.default_rng(seed), min(max_new_tokens, room + 1)
 
     def rounds():
-        draft, draft_u, clock = NO_DRAFT, (), time.perf_counter()
-        with _all_or_nothing(cache):
-            unread, out = _read_prompt(target, prompt_ids, drafter, draft_sampling, cache)
-            verdict, u_J, tokens, news, behind_ND = settle(unread, out, draft)
-        while True:
-            accepted, seconds = min(verdict.accepted, len(tokens)), time.perf_counter() - clock
-            yield Step(tuple(tokens), len(draft.tokens), accepted, seconds, draft, verdict, tuple(u_J), tuple(draft_u))
-            if finished(len(emitted), tokens[-1]):
-                return
+        draft, draft_u, emitted, done = NO_DRAFT, (), [], False
+        news, behind_ND = [], ()  # what the drafter has yet to read, and the hidden states that these tokens came from
+        while not done:
             clock = time.perf_counter()
-            if drafter is not None:
+            if emitted and drafter is not None:  # the first round only reads the prompt
                 draft_u = rng.random(min(num_draft, budget - len(emitted) - 1))
                 draft = drafter.propose(news, behind_ND, cache, len(draft_u), draft_sampling, draft_u)
                 if len(draft.tokens) > len(draft_u):
                     raise ValueError(f"the drafter drafted {len(draft.tokens)} tokens, asked for {len(draft_u)}")
             with _all_or_nothing(cache):
-                out = target.forward([tokens[-1], *draft.tokens], cache)
-                verdict, u_J, tokens, news, behind_ND = settle([], out, draft)
+                if emitted:
+                    news, out = [], target.forward([emitted[-1], *draft.tokens], cache)
+                else:
+                    news, out = _read_prompt(target, prompt_ids, drafter, draft_sampling, cache)
+                u_J = rng.random(len(draft.tokens) + 1)
+                verdict = accept(rule, _laws(sampling, out.logits_TV, emitted, draft), draft, u_J, **parameters)
+                tokens = _until_stop([*draft.tokens[: verdict.accepted], verdict.token], stop)
+                cache.rollback(len(draft.tokens) + 1 - len(tokens))  # the last token emitted is always left to be read
+                emitted += tokens
+                news, done = [*news, *tokens], len(emitted) == budget or tokens[-1] in stop
+                behind_ND = out.hidden_TD[: len(news)]
+                if done and drafter is not None:
+                    drafter.propose(news, behind_ND, cache, 0, draft_sampling, ())
+                if commit:
+                    cache.commit()
+            accepted, seconds = min(verdict.accepted, len(tokens)), time.perf_counter() - clock
+            yield Step(tuple(tokens), len(draft.tokens), accepted, seconds, draft, verdict, tuple(u_J), tuple(draft_u))
 
     return rounds()
+
+
+def placeholders(target):
+    """The tokens that stand for an image or a sound, which can be neither read nor drafted."""
+    return getattr(target.config, "placeholders", {})
+
+
+def without_placeholders(sampling, target):
+    """The same Sampling, which never gives one of them."""
+    return replace(sampling, suppress=(*sampling.suppress, *placeholders(target)))
 
 
 def _on_device(target):

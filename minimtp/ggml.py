@@ -16,15 +16,14 @@ import numpy as np
 from .backend import scratch
 from .checkpoint import CheckpointError, release, show
 from .display import cells, framed, histogram, pale
-from .quant import Plain, Quantized, ids_of, release_rows, rows_of, weight_title
+from .quant import BLOCK, Plain, Quantized, Unpacking, release_rows, row_blocks, weight_title
 
-BLOCK = 1 << 21  # weights unpacked at a time: in few calls, and what is computed on the way stays in a shared cache
 EACH_BYTE = 0x0101010101010101
 LARGEST_E8M0 = 252  # of an MXFP4 block: above, its largest weight overflows float32, and 255 is the format's NaN
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class Blocks(Unpacking):
     """A weight [out, in] in one of TYPES. Nothing is copied, and nothing read but the rows that are asked for."""
 
     data: np.ndarray = field(repr=False)  # uint8 [out, in / block · bytes], the rows one after the other in memory
@@ -43,30 +42,17 @@ class Blocks:
                 f"expected contiguous uint8 {list(stored)}"
             )
 
-    def rows(self, start, stop, dtype, out=None):
-        """Rows start … stop-1 -> float [stop - start, in], C-contiguous, in `out` or new. IndexError outside it."""
-        data_RB = self.data[rows_of(self, start, stop)]
-        w_RI = self.unpack(data_RB, dtype, out)
-        release(data_RB)
+    def _unpack(self, rows, dtype, out=None):
+        w_RI = self.unpack(self.data[rows], dtype, out)
+        release_rows(self.data, rows)
         return w_RI
-
-    def take(self, ids, dtype):
-        """The rows of an embedding -> new float [len(ids), in]. IndexError outside it."""
-        ids = ids_of(self, ids)
-        w_RI = self.unpack(self.data[ids], dtype)
-        release_rows(self.data, ids)
-        return w_RI
-
-    def dequantize(self, dtype):
-        """-> new float [out, in]"""
-        return self.rows(0, self.shape[0], dtype)
 
     def check_finite(self):
         """Read every scale; CheckpointError, by name, for a NaN or an infinity, or what would make one in float32."""
         b_N = _records(self.data, self.type)
         halves = [part for part in b_N.dtype.names if b_N.dtype[part] == np.float16]
-        step = max(1, BLOCK // TYPES[self.type].block)
-        for b in (b_N[at : at + step] for at in range(0, len(b_N), step)):
+        for some in row_blocks(len(b_N), TYPES[self.type].block, BLOCK):
+            b = b_N[some]
             beyond = self.type == "MXFP4" and b["e"].max() > LARGEST_E8M0
             if beyond or not all(np.isfinite(b[part]).all() for part in halves):
                 raise CheckpointError(f"{show(self.name)}: NaN or infinite scales")
@@ -100,9 +86,8 @@ class Blocks:
         """Rows as they are stored -> float [R, in], in `out` or new."""
         found, b_N = TYPES[self.type], _records(data_RB, self.type)
         w_NK = np.empty((len(b_N), found.block), dtype) if out is None else out.reshape(-1, found.block)
-        step = max(1, BLOCK // found.block)
-        for part in (slice(at, at + step) for at in range(0, len(b_N), step)):
-            found.unpack(b_N[part], w_NK[part])
+        for some in row_blocks(len(b_N), found.block, BLOCK):
+            found.unpack(b_N[some], w_NK[some])
         return w_NK.reshape(len(data_RB), self.shape[1])
 
 
@@ -351,8 +336,7 @@ def quantize(w_OI, type, name=""):
     if found.quantize is None or w_OI.ndim != 2 or w_OI.size == 0:
         raise CheckpointError(f"{show(name)}: cannot round {list(w_OI.shape)} to {type}: only rows, to Q4_0 or Q8_0")
     data_OB = np.empty((len(w_OI), found.row_bytes(w_OI.shape[1], name)), np.uint8)
-    height = max(1, BLOCK // w_OI.shape[1])
-    for rows in (slice(at, at + height) for at in range(0, len(w_OI), height)):
+    for rows in row_blocks(*w_OI.shape, BLOCK):
         b_N = _records(data_OB[rows], type)
         with np.errstate(all="ignore"):  # what is not finite is found below; the inverse of a tiny step may be infinite
             found.quantize(w_OI[rows].astype(np.float32).reshape(-1, found.block), b_N)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .checkpoint import DTYPES, CheckpointError, RawTensor, map_file, release, show
+from .checkpoint import DTYPES, CheckpointError, RawTensor, map_file, show
 from .ggml import TYPES, Blocks
-from .quant import Plain, ids_of, release_rows, rows_of
+from .quant import Plain, Unpacking, release_rows
 
 MAX_HEADER = 1 << 26  # bytes: four times the header with the largest vocabulary
 MAX_KEYS, MAX_TENSORS = 1 << 12, 1 << 17  # the latter after stacked experts are taken apart
@@ -64,7 +64,7 @@ class GgufTensor(RawTensor):
 
 
 @dataclass(frozen=True, eq=False)
-class Reordered:
+class Reordered(Unpacking):
     """A weight, as those of quant.py, that is left as its file has it: rows are put in order where they are used."""
 
     blocks: Blocks
@@ -74,35 +74,21 @@ class Reordered:
     shape = property(lambda self: self.blocks.shape)
     name = property(lambda self: self.blocks.name)
 
-    def rows(self, start, stop, dtype, out=None):
-        rows = rows_of(self, start, stop)
-        return self._unpack(rows if self.row_order is None else self.row_order[rows], dtype, out)
-
-    def take(self, ids, dtype):
-        ids = ids_of(self, ids)
-        return self._unpack(ids if self.row_order is None else self.row_order[ids], dtype)
-
     def part(self, start, stop):
         """Rows start … stop-1 as a weight that holds what they do."""
         if self.cuts_blocks:
             return Plain(self.rows(start, stop, np.float32), "F32", self.name)
-        rows = slice(start, stop) if self.row_order is None else self.row_order[start:stop]
-        return Blocks(self._packed(rows), self.blocks.type, (stop - start, self.shape[1]), self.name)
-
-    def dequantize(self, dtype):
-        return self.rows(0, self.shape[0], dtype)
+        return Blocks(self._packed(slice(start, stop)), self.blocks.type, (stop - start, self.shape[1]), self.name)
 
     def check_finite(self):
         self.blocks.check_finite()
 
     def _packed(self, rows):
+        rows = rows if self.row_order is None else self.row_order[rows]
         data_RB = self.blocks.data[rows]
         if self.head_order is not None and not self.cuts_blocks:
             data_RB = _put_in_order(data_RB, self.head_order)
-        if isinstance(rows, slice):
-            release(self.blocks.data[rows])
-        else:
-            release_rows(self.blocks.data, rows)
+        release_rows(self.blocks.data, rows)
         return data_RB
 
     def _unpack(self, rows, dtype, out=None):

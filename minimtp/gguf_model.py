@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import gguf_text
-from .checkpoint import Checkpoint, CheckpointError, bf16_to_float, float_to_bf16, show
+from .checkpoint import Checkpoint, CheckpointError, bf16_to_float, bytes_by_type, float_to_bf16, show
 from .config import MAX_LAYERS, config_size, config_value, layer_count
 from .gguf_file import MAX_TENSORS, GgufTensor, Numbers, Texts, named, read_parts
 
@@ -66,9 +66,7 @@ def _checkpoint(path, metadata, tensors):
     for key, value in ACCEPTED.items():
         if metadata.get(key, value) != value:
             raise CheckpointError(f"{key} is {show(metadata[key])}, supported: {value!r}")
-    fields, drafter, stored = _own_fields(metadata), None, {}
-    for raw in tensors.values():
-        stored[raw.dtype] = stored.get(raw.dtype, 0) + raw.data.size
+    fields, drafter, stored = _own_fields(metadata), None, bytes_by_type(tensors)
     if architecture.drafter:
         _drop_towers(fields, tensors)
         draft = _take_draft(fields, tensors)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from .checkpoint import DTYPES, CheckpointError, Lazy, new_file, show, write_chunks
+from .checkpoint import DTYPES, CheckpointError, Lazy, new_file, parse_json, show, write_chunks
 from .ggml import TYPES
 from .gguf_file import ARRAY, NUMBERS, STORED, STRING, Numbers, Texts
 from .gguf_model import ARCHITECTURES
@@ -264,7 +264,8 @@ def text_keys(architecture, files, vocab_size):
         tokenizer = json.loads(Tokenizer.from_buffer(files["tokenizer.json"]).to_str())
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"tokenizer.json: {error}") from None
-    settings, generation = (_read_table(files, name) for name in ("tokenizer_config.json", "generation_config.json"))
+    names = "tokenizer_config.json", "generation_config.json"
+    settings, generation = (parse_json(files.get(name, b"{}"), name) for name in names)
     model, gemma = tokenizer["model"], architecture.startswith("gemma")
     added = {token["content"]: token for token in tokenizer["added_tokens"]}
     ids = model["vocab"] | {text: token["id"] for text, token in added.items()} if model["type"] == "BPE" else {}
@@ -299,16 +300,6 @@ def text_keys(architecture, files, vocab_size):
         if type(generation.get(name)) in (int, float):
             keys[f"general.sampling.{key}"] = kind(generation[name])
     return keys
-
-
-def _read_table(files, name):
-    try:
-        table = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise CheckpointError(f"{name}: not JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{name}: a JSON object was expected, not {show(table)}")
-    return table
 
 
 def _token_type(text, added):

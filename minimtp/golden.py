@@ -16,7 +16,7 @@ from .acceptance import RULES, accept
 from .checkpoint import FLOATS, CheckpointError, new_file, read_json, read_safetensors, show, write_safetensors
 from .drafting import Draft, choose
 from .expected import Watched
-from .generate import generate
+from .generate import generate, without_placeholders
 from .oracle_logits import EPSILON, allowance, differences
 from .sampling import Sampling
 
@@ -79,7 +79,8 @@ def replay(golden, target, drafter):
 
     Each decision is made anew from the laws found here, on the golden draft and uniforms.
     """
-    sampling, draft_sampling = (_with_placeholders(golden[name], target) for name in ("sampling", "draft_sampling"))
+    sampling = without_placeholders(Sampling(**golden["sampling"]), target)
+    draft_sampling = without_placeholders(Sampling(**golden["draft_sampling"]), target)
     names, found, cache = tap_names(len(target.config.layers)), defaultdict(list), target.new_cache()
     text, news, behind_ND = golden["text"], None, None
     for step in golden["steps"]:
@@ -108,11 +109,6 @@ def replay(golden, target, drafter):
         found["cache_lengths"].append(cache.length)
         cache.commit()
     return {name: np.array(rows) for name, rows in found.items() if len(rows)}
-
-
-def _with_placeholders(sampling, target):
-    never = getattr(target.config, "placeholders", {})
-    return Sampling(**{**sampling, "suppress": (*sampling["suppress"], *never)})
 
 
 def make(folder, golden, plain, precise, whole=None):

@@ -8,6 +8,7 @@ Memory: one layer of theirs, and what every layer put out, at most 48 bytes a to
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 
@@ -346,9 +347,9 @@ def _double():
         return call
 
     with (
-        _set(torch.Tensor, "to", lifting(to)),
-        _set(torch.Tensor, "float", torch.Tensor.double),
-        _set(torch.nn.functional, "softmax", lifting(softmax)),
+        patch.object(torch.Tensor, "to", lifting(to)),
+        patch.object(torch.Tensor, "float", torch.Tensor.double),
+        patch.object(torch.nn.functional, "softmax", lifting(softmax)),
     ):
         yield
 
@@ -362,18 +363,8 @@ def _exact_powers():
     def rounded(exponents, base):
         return power(exponents.double(), torch.tensor(base).item()).to(exponents.dtype)
 
-    with _set(torch.Tensor, "__rpow__", rounded):
+    with patch.object(torch.Tensor, "__rpow__", rounded):
         yield
-
-
-@contextmanager
-def _set(thing, name, value):
-    before = getattr(thing, name)
-    setattr(thing, name, value)
-    try:
-        yield
-    finally:
-        setattr(thing, name, before)
 
 
 # The assistant

@@ -103,7 +103,7 @@ def add_normed(residual_TD, x_TD, weight_D, eps):
 def _rms_norm(x, weight, residual, eps):
     columns = x.shape[-1]
     out = x.device.empty(x.shape, x.dtype)
-    arguments = [out, None, x, weight, residual, None, None, columns, float(eps)]
+    arguments = [out, x, weight, residual, columns, float(eps)]
     block = min(1024, max(32, -(-columns // 128) * 32))
     x.device.launch("rms_norm", "rms_norm", x.size // columns, block, arguments, shared=4 * columns)
     return out
@@ -133,7 +133,7 @@ def turn_and_keep(q_THK, k_TGK, v_TGK, q_norm_K, k_norm_K, eps, rope, kv, norm_v
     constants = (("HEAD_DIM", K), ("STORAGE", STORED[kv.storage_name]))
     blocks = H if k_TGK is None else H + G if kv.values_only else H + 2 * G
     k_TGK = None if kv.values_only else k_TGK
-    sizes = [H, G, kv.slots, H * K, K, G * K, turning, len(frequencies_C), 0, int(norm_values), 1.0, float(eps)]
+    sizes = [H, G, kv.slots, turning, len(frequencies_C), int(norm_values), float(eps)]
     arrays = [q_THK, k_TGK, v_TGK, q_norm_K, k_norm_K, frequencies_C, positions_T]
     device.launch("rope_write", "rope_write", (blocks, T), 32, [out, *buffers, *arrays, *sizes], constants)
     return out
@@ -263,7 +263,7 @@ def commit_delta(state_HKV, window_WC, memory, count):
     device, log, (key_heads, value_heads, key_dim, value_dim, kernel) = count.device, memory.log, memory.sizes
     arguments, constants = [window_WC, log["conv"], count, memory.channels], (("TOKENS", 1), ("WIDTH", kernel))
     device.launch("causal_conv", "causal_conv_commit", -(-memory.channels // 128), 128, arguments, constants)
-    arguments = [state_HKV, state_HKV, log["k"], log["u"], log["decay"], count, key_heads, value_dim]
+    arguments = [state_HKV, log["k"], log["u"], log["decay"], count, key_heads, value_dim]
     grid, constants = (value_heads, -(-value_dim // 32)), _delta_constants(1, key_dim)
     device.launch("gated_delta", "gated_delta_replay", grid, 32 * WARPS, arguments, constants)
 
@@ -319,5 +319,5 @@ def _mixture(out_TD, x_TD, route, w, activation):
     constants = (*constants[:2], *down.constants)
     arguments = [out_STD, gated_STF, *down.arrays, *used, D, gate.rows]
     device.launch("experts", "experts_down", (-(-D // 8), S), 128, arguments, constants)
-    arguments = [out_TD, out_STD, route.weights_ST, route.slots, route.tokens_S, None, None, D]
+    arguments = [out_TD, out_STD, route.weights_ST, route.slots, route.tokens_S, D]
     device.launch("experts", "experts_sum", (-(-D // 256), T), 256, arguments, constants)

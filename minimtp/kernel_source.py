@@ -17,12 +17,6 @@ def source(name, constants=()):
     return f'{defines}{common.replace("#pragma once", "")}\n#line 1 "{name}.cu"\n{kernel}'
 
 
-@cache
-def kernels_in(name):
-    """The names of the kernels in kernels/NAME.cu."""
-    return kernels_of((FOLDER / f"{name}.cu").read_text(encoding="utf-8"))
-
-
 def kernels_of(text):
     """The names of the kernels in a source."""
     return tuple(re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(', text))

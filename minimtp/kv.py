@@ -4,7 +4,6 @@ import operator
 
 import numpy as np
 
-from .backend import to_host
 from .kv_storage import STORAGES
 from .layers import Blocks
 
@@ -28,8 +27,31 @@ class Counted:
         self.committed = self.length
 
 
-class FullKV(Counted):
-    """Keys and values of every token read. The buffers are [G, slots, ..]; slot 0 holds position `start`.
+class Buffered(Counted):
+    """Keys and values, or values alone, in `buffers` [G, slots, ..], by what `names` and `storage` call their parts."""
+
+    @property
+    def slots(self):
+        """How many tokens the buffers have room for."""
+        return self.buffers["v"].shape[1]
+
+    @property
+    def nbytes(self):
+        """Bytes of the buffers, free slots included."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def new_buffers(self, slots, empty=np.empty):
+        """Buffers of so many slots, with nothing in them yet."""
+        G, K = self.shape
+        return {
+            name + suffix: empty((G, slots, width or K), part)
+            for name in self.names
+            for suffix, (part, width) in self.storage.parts.items()
+        }
+
+
+class FullKV(Buffered):
+    """Keys and values of every token read; slot 0 holds position `start`.
 
     storage: how they are kept, None for floats of `dtype`, in which they come and are read. keys_of(v_GBK, position),
     where given, makes the keys at consecutive positions of their values: then only values are kept.
@@ -41,22 +63,8 @@ class FullKV(Counted):
         self.storage, self.keys_of = storage or plain, keys_of
         self.names = ("k", "v") if keys_of is None else ("v",)
         self.as_arrays = self.storage is plain and keys_of is None
-        self.buffers = {
-            name + suffix: np.empty((kv_heads, slots, width or head_dim), part)
-            for name in self.names
-            for suffix, (part, width) in self.storage.parts.items()
-        }
+        self.buffers = self.new_buffers(slots)
         self.start = self.length = self.committed = 0
-
-    @property
-    def slots(self):
-        """How many tokens the buffers have room for."""
-        return self.buffers["v"].shape[1]
-
-    @property
-    def nbytes(self):
-        """Bytes of the buffers, free slots included."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
 
     def append(self, k_TGK, v_TGK):
         """Take in the keys and values of the next T tokens, both [T, G, K]."""
@@ -77,7 +85,7 @@ class FullKV(Counted):
 
     def state(self):
         """What `restore` needs, as named host arrays: what is held as it is stored."""
-        return {name: to_host(buffer[:, : self.length - self.start]) for name, buffer in self.buffers.items()}
+        return {name: buffer[:, : self.length - self.start] for name, buffer in self.buffers.items()}
 
     def restore(self, state, length):
         """Take over a saved state of `length` tokens. Raises CacheError where its shapes are not this memory's."""
@@ -113,8 +121,9 @@ class FullKV(Counted):
 
     def _move(self, start, slots):
         """Keep the positions from `start` on, in new buffers (an interrupted move leaves the old ones whole)."""
-        held = slice(start - self.start, self.length - self.start)
-        moved = {name: _moved(buffer, held, slots) for name, buffer in self.buffers.items()}
+        held, moved = slice(start - self.start, self.length - self.start), self.new_buffers(slots)
+        for name, buffer in self.buffers.items():
+            moved[name][:, : self.length - start] = buffer[:, held]
         self.buffers, self.start = moved, start
 
 
@@ -167,9 +176,3 @@ def integers(array, size=None):
     if array.ndim != 1 or array.dtype != np.int64 or size not in (None, len(array)) or (array < 0).any():
         raise CacheError(f"a saved tensor of ids or lengths is {array.dtype} {array.shape}")
     return array
-
-
-def _moved(buffer_GSK, held, slots):
-    out_GSK = np.empty_like(buffer_GSK, shape=(buffer_GSK.shape[0], slots, buffer_GSK.shape[2]))
-    out_GSK[:, : held.stop - held.start] = buffer_GSK[:, held]
-    return out_GSK

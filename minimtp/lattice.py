@@ -16,7 +16,7 @@ import numpy as np
 
 from .checkpoint import CheckpointError, bf16_to_float, float_to_bf16, show
 from .ggml import Blocks, quantize
-from .quant import pack
+from .quant import pack, row_blocks
 
 GROUP = 32
 OFF, ON, UNDETERMINED = range(3)
@@ -52,7 +52,7 @@ def find(bits_OI, name=""):
     O, G = bits_OI.shape[0], bits_OI.shape[1] // GROUP
     levels_OGK, status_OG = np.empty((O, G, GROUP), np.int8), np.empty((O, G), np.uint8)
     low_OG, high_OG = np.empty((2, O, G), np.float32)
-    for rows in blocks(bits_OI.shape):
+    for rows in row_blocks(*bits_OI.shape, BLOCK):
         levels_KN, *found = find_groups(by_group(bits_OI[rows]), name)
         levels_OGK[rows] = levels_KN.T.reshape(-1, G, GROUP)
         for whole_OG, part_N in zip((low_OG, high_OG, status_OG), found):
@@ -125,12 +125,6 @@ def middle(low_N, high_N):
     return (low_N.astype(np.float64) + high_N) / 2
 
 
-def blocks(shape):
-    """Slices of rows, each of about BLOCK weights."""
-    height = max(1, BLOCK // shape[1])
-    return [slice(start, min(start + height, shape[0])) for start in range(0, shape[0], height)]
-
-
 def by_group(x_RI):
     """[R, I] -> [K, N], C-contiguous: what concerns one group runs down a column, for all groups at once."""
     return np.ascontiguousarray(x_RI.reshape(-1, GROUP).T)
@@ -138,7 +132,7 @@ def by_group(x_RI):
 
 def over_blocks(function, matrices):
     """function(index of a matrix, rows) of every block of matrices [out, in], on all cores -> its results, in order."""
-    parts = [(i, rows) for i, matrix in enumerate(matrices) for rows in blocks(matrix.shape)]
+    parts = [(i, rows) for i, matrix in enumerate(matrices) for rows in row_blocks(*matrix.shape, BLOCK)]
     np.empty(1 << 24, np.uint8)  # freed at once: glibc then keeps as much, and pages no block's arrays in anew
     pool = ThreadPoolExecutor(os.cpu_count())
     try:

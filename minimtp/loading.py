@@ -4,21 +4,23 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
 from . import gemma4, gemma4_assistant, kv_storage, qwen35, qwen35_mtp
-from .backend import BackendError
+from .backend import BackendError, arithmetic
 from .cache import CacheError
 from .checkpoint import Checkpoint, CheckpointError, bf16_to_float, float_to_bf16, open_checkpoint, release, show
 from .device import Device, open_device
 from .device_weights import parameters_on
 from .drafting import GemmaAssistant, MtpLayer, PromptLookup
 from .gguf_model import open_gguf
+from .layers import Output, Taps, token_ids
 from .memory import component_of
 from .parameters import read_parameters, stored_parts
 from .plan import available_memory, make_plan
@@ -87,7 +89,17 @@ class Target:
         """
         if cache.fingerprint != self.fingerprint:
             raise CacheError("this cache belongs to another model, or to other weights, another dtype or KV storage")
-        return self.family.forward(self.params, self.config, ids_T, cache, self.dtype, taps, last, progress)
+        ids_T = token_ids(ids_T, self.config.vocab_size, self.config.placeholders)
+        if last is not None and last < 0:
+            raise ValueError(f"last is {last}, wanted None or a number of rows")
+        tap = Taps(taps, len(self.config.layers), progress)
+        read = partial(self.family.forward, self.params, self.config, cache, self.dtype, tap, last)
+        with arithmetic(), cache.reading(ids_T) as start:
+            key, positions_T = None if taps else ("target", last), np.arange(start, start + len(ids_T))
+            logits_TV, hidden_TD, *before_norm = cache.run(read, ids_T, positions_T, writes=cache.layers, key=key)
+            if cache.drafter is not None:
+                cache.drafter.note(*before_norm)
+        return Output(logits_TV, hidden_TD, *tap.collected())
 
     def chat_template(self):
         """The checkpoint's ChatTemplate, or None."""
@@ -207,11 +219,10 @@ def _check_room(checkpoint, family, config, dtype, keep):
     Packed ones, and those stored in the run's own dtype, stay in their file: the system gives their pages back.
     """
     if keep == "dense":
-        weights, own = {}, {"float32": "F32", "float64": "F64"}[dtype.name]
+        weights, own = Counter(), {"float32": "F32", "float64": "F64"}[dtype.name]
         for place, (_, shape, kind) in family.tensors(config).items():
             if kind != "unused":
-                key = component_of(place), dtype.name
-                weights[key] = weights.get(key, 0) + math.prod(shape) * dtype.itemsize
+                weights[component_of(place), dtype.name] += math.prod(shape) * dtype.itemsize
         room = available_memory() + checkpoint.stored_bytes().get(own, 0)
         plan = make_plan(str(checkpoint.folder), config, weights, 1, dtype.name, memory=room, driver=0, scratch=0)
         plan.check(" that are free: keep packed leaves weights in their file")

@@ -21,7 +21,7 @@ except ImportError:  # not on Windows: there two runs of the same file are not k
 
 from . import __version__
 from .checkpoint import CheckpointError, read_safetensors, safetensors_header, sweep
-from .generate import CHUNK, spans
+from .generate import CHUNK, placeholders, spans
 from .golden import TOP, WHOLE, tap_names, top_entries
 from .layers import token_ids
 
@@ -42,7 +42,7 @@ def write_logits(target, ids_T, path, taps=(), rows=None, top=None, chunk=CHUNK,
     not have it: what was done by then can be continued.
     """
     config, path = target.config, Path(path)
-    ids_T = token_ids(ids_T, config.vocab_size, getattr(config, "placeholders", ()))
+    ids_T = token_ids(ids_T, config.vocab_size, placeholders(target))
     if len(ids_T) > (context := config.max_position_embeddings):
         raise ValueError(f"a prompt of {len(ids_T)} tokens does not fit a context of {context}")
     if chunk < 1 or (rows is not None and rows < 1) or (top is not None and top < 0):

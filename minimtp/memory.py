@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections import Counter
 from dataclasses import asdict
 
 COMPONENTS = {  # the last part of a tensor's place -> what it counts as
@@ -22,11 +23,10 @@ COMPONENTS = {  # the last part of a tensor's place -> what it counts as
 
 def parameters(table):
     """Parameters by component and in total, from a family's tensors(config), as base checkpoints store them."""
-    counts = {}
+    counts = Counter()
     for place, (_, shape, kind) in table.items():
         if kind != "permutation":
-            component = component_of(place)
-            counts[component] = counts.get(component, 0) + math.prod(shape)
+            counts[component_of(place)] += math.prod(shape)
     return {**counts, "total": sum(counts.values())}
 
 
@@ -42,7 +42,7 @@ TYPES = {
     "INT8 rows": (1, 1, 4),  # one float32 scale a row
     "INT4 rows": (1, 2, 4),
 }
-SMALL = ("router", "router_proj", "shared_expert_gate", "in_proj_a", "in_proj_b", "centroids")
+SMALL = ("router", "router_proj", "shared_expert_gate", "in_proj_a", "in_proj_b", "centroids")  # matrices
 
 
 def _format(linear, embedding, small, **others):
@@ -65,24 +65,19 @@ FACTORS = 1024  # bytes of the rotary factors in a GGUF file of Gemma 4
 
 def stored_parts(table, format):
     """{(component, type): bytes} of a family's tensors(config) in one of FORMATS, without those that no layer uses."""
-    types, parts = FORMATS[format], {}
+    types, parts = FORMATS[format], Counter()
     if types.get("repeats_head"):
         table = {**table, "lm_head": table["embed_tokens"]}
-
-    def count(place, type, size):
-        key = component_of(place), type
-        parts[key] = parts.get(key, 0) + size
-
     for place, (_, shape, kind) in table.items():
         name = place.split(".")[-1]
         if kind == "permutation":
-            count(place, "I64", 8 * shape[0])
+            parts[component_of(place), "I64"] += 8 * shape[0]
         elif kind != "unused":
             type = types.get(name) or types[kind if kind in types and name not in SMALL else "small"]
             size, weights, row = TYPES[type]
-            count(place, type, math.prod(shape) * size // weights + math.prod(shape[:-1]) * row)
+            parts[component_of(place), type] += math.prod(shape) * size // weights + math.prod(shape[:-1]) * row
     if "F32" in types.values() and "layers.0.layer_scalar" in table:
-        count("norm", "F32", FACTORS)
+        parts["norms", "F32"] += FACTORS
     return parts
 
 
@@ -130,10 +125,10 @@ def kv_bytes(config, context, itemsize):
     the window of its convolution, whatever the context. What is not yet committed comes on top, and the buffers' free
     slots: 16 in a sliding layer, up to as many again in a full one whose cache was given no capacity.
     """
-    total = {}
+    total = Counter()
     for layer in config.layers:
         if getattr(layer, "owns_kv", True):
-            total[layer.kind] = total.get(layer.kind, 0) + _layer_bytes(layer, config, context, itemsize)
+            total[layer.kind] += _layer_bytes(layer, config, context, itemsize)
     if getattr(config, "mtp_layers", 0):
         total["mtp"] = _layer_bytes(config.attention, config, context, itemsize)
     return total

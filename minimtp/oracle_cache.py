@@ -112,9 +112,7 @@ class _Run:
 
     def _look(self):
         for _ in range(2):  # reading changes nothing
-            found = self.cache.read()
-            found = [np.asarray(part, np.float32) for part in (found if isinstance(found, tuple | list) else [found])]
-            if fault := (self._state_fault if self.state else self._rows_fault)(found):
+            if fault := (self._state_fault if self.state else self._rows_fault)(_read(self.cache)):
                 self._fail(fault)
 
     def _fail(self, fault):
@@ -180,11 +178,16 @@ class _Run:
         cache = self.factory()
         for start in range(0, len(text), 64):
             cache.append(*self.arrays(text[start : start + 64]))
-        found = cache.read()
-        return [np.asarray(part, np.float32) for part in (found if isinstance(found, tuple | list) else [found])]
+        return _read(cache)
 
     def _near(self, part, want):
         return part.shape == want.shape and _distance(part, want) <= self.rtol
+
+
+def _read(cache):
+    """What its read() gives, one array or several -> list of float32 arrays."""
+    found = cache.read()
+    return [np.asarray(part, np.float32) for part in (found if isinstance(found, tuple | list) else [found])]
 
 
 def _distance(part, want):

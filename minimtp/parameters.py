@@ -1,6 +1,6 @@
 """The tensors of a checkpoint become the parameters of a model: each is used exactly once, or skipped by name."""
 
-import os
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +11,7 @@ from .formats import parse_quantization, read_weight
 from .ggml import Blocks
 from .memory import component_of
 from .mobile import ACTIVATION_SCALES, MobileConfig, cache_scales, read_scalar
+from .plan import available_memory
 from .quant import Plain, Quantized
 
 PREFIXES = ("model.language_model.", "language_model.model.")  # spellings of "model."
@@ -21,7 +22,7 @@ def read_parameters(checkpoint, family, config, dtype, keep):
     """The parameters as a tree of names; every tensor of the checkpoint is used exactly once, or skipped by name."""
     if keep == "auto":
         dense_bytes = sum(int(np.prod(shape)) for _, shape, _ in family.tensors(config).values()) * dtype.itemsize
-        keep = "dense" if dense_bytes <= _free_memory() // 2 else "packed"
+        keep = "dense" if dense_bytes <= available_memory() // 2 else "packed"
     params = SimpleNamespace(layers=[SimpleNamespace() for _ in config.layers])
     for _, kind, found in read_weights(checkpoint, family, config):
         for at, value in found:
@@ -56,13 +57,12 @@ def read_weights(checkpoint, family, config):
 
 def stored_parts(checkpoint, family, config):
     """{(component, type): bytes} of what a model uses of a checkpoint, as stored there. Raises CheckpointError."""
-    parts = {}
+    parts = Counter()
     for _, _, found in read_weights(checkpoint, family, config):
         for place, value in found:
             for weight in value if isinstance(value, list) else [value]:
                 type, size = _stored(weight)
-                key = component_of(place), type
-                parts[key] = parts.get(key, 0) + size
+                parts[component_of(place), type] += size
     return parts
 
 
@@ -227,10 +227,3 @@ def _plant(params, place, value):
         _, index, place = place.split(".")
         params = params.layers[int(index)]
     setattr(params, place, value)
-
-
-def _free_memory():
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system tells
-        return 4 << 30

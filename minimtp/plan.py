@@ -3,6 +3,7 @@
 import os
 import re
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -183,23 +184,19 @@ def kv_parts(config, context, storage, mtp=False):
     at the commit, to un-read a draft.
     """
     kept, values_only = kv_storage.parse(storage, "float32")
-    sizes = {}
-
-    def count(name, stored, size):
-        sizes[name, stored] = sizes.get((name, stored), 0) + size
-
+    sizes = Counter()
     own = [("mtp", config.attention)] if mtp else []
     for kind, layer in [(layer.kind, layer) for layer in config.layers] + own:
         if kind == "linear":
             state = layer.value_heads * layer.key_dim * layer.value_dim * 4
             window = (layer.kernel - 1) * layer.channels * (4 if kept.row_bytes(1) >= 4 else 2)
-            count("linear", "float32", state + window)
-            count("linear, committed", "float32", state + window)
+            sizes["linear", "float32"] += state + window
+            sizes["linear, committed", "float32"] += state + window
         elif getattr(layer, "owns_kv", True):
             alone = values_only and getattr(layer, "k_eq_v", False)
             slots = min(context, config.sliding_window + SLACK) if kind == "sliding" else context
-            size = (1 if alone else 2) * layer.kv_heads * kept.row_bytes(layer.head_dim) * slots
-            count(kind, storage.removesuffix(kv_storage.VALUES_ONLY) + (", V alone" if alone else ""), size)
+            stored = storage.removesuffix(kv_storage.VALUES_ONLY) + (", V alone" if alone else "")
+            sizes[kind, stored] += (1 if alone else 2) * layer.kv_heads * kept.row_bytes(layer.head_dim) * slots
     return tuple(Part(*key, size) for key, size in sizes.items())
 
 

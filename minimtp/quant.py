@@ -18,8 +18,32 @@ SHOWN = 4  # rows that a notebook shows something of
 BLOCK = 1 << 21  # weights unpacked at a time: in few calls, and what is computed on the way stays in a shared cache
 
 
+class Unpacking:
+    """Ways to ask a weight for rows, which its `_unpack(rows, dtype, out)` makes: of a slice, or of an array of ids."""
+
+    def rows(self, start, stop, dtype, out=None):
+        """Rows start … stop-1 -> float [stop - start, in], C-contiguous, in `out` or new; of a Plain perhaps a view.
+
+        IndexError outside it. In float64 the products of codes and scales are exact.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"{show(self.name)}: rows {start} to {stop} of {self.shape[0]}")
+        return self._unpack(slice(start, stop), dtype, out)
+
+    def take(self, ids, dtype):
+        """The rows of an embedding -> new float [len(ids), in]. IndexError outside it."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and not (0 <= ids.min() and ids.max() < self.shape[0]):
+            raise IndexError(f"{show(self.name)}: row {ids.min()} or {ids.max()} of {self.shape[0]}")
+        return self._unpack(ids, dtype)
+
+    def dequantize(self, dtype):
+        """All of it -> float [out, in]"""
+        return self.rows(0, self.shape[0], dtype)
+
+
 @dataclass(frozen=True, eq=False)
-class Plain:
+class Plain(Unpacking):
     """A float array kept as stored (bf16: its uint16 bits), widened where it is read."""
 
     stored: np.ndarray = field(repr=False)  # [out, in], or any shape with rows first
@@ -34,38 +58,26 @@ class Plain:
     def shape(self):
         return self.stored.shape
 
-    def rows(self, start, stop, dtype, out=None):
-        """Rows start … stop-1 -> float [stop - start, in], C-contiguous: in `out`, or as stored a read-only view."""
-        stored = self.stored[rows_of(self, start, stop)]
+    def _unpack(self, rows, dtype, out=None):
+        stored = self.stored[rows]
         if out is None:
-            return self._widen(stored, dtype)
-        if self.dtype == "BF16" and out.dtype == np.float32:
+            out = self._widen(stored, dtype)
+        elif self.dtype == "BF16" and out.dtype == np.float32:
             bf16_to_float(stored, out=out)
         else:
             out[...] = self._widen(stored, dtype)
-        release(stored)
+        release_rows(self.stored, rows)
         return out
-
-    def take(self, ids, dtype):
-        """The rows of an embedding -> float [len(ids), in]. IndexError outside it."""
-        ids = ids_of(self, ids)
-        taken = self._widen(self.stored[ids], dtype)
-        release_rows(self.stored, ids)
-        return taken
-
-    def dequantize(self, dtype):
-        """-> float [out, in]"""
-        return self.rows(0, self.shape[0], dtype)
 
     def check_finite(self):
         """Read all of it; CheckpointError, by name, for a NaN or an infinity."""
         unsigned = np.dtype(f"<u{self.stored.itemsize}")
         exponent = unsigned.type(EXPONENT[self.dtype])
         bits_N = self.stored.reshape(-1).view(unsigned)
-        for start in range(0, len(bits_N), BLOCK):
-            if ((bits_N[start : start + BLOCK] & exponent) == exponent).any():
+        for some in row_blocks(len(bits_N), 1, BLOCK):
+            if ((bits_N[some] & exponent) == exponent).any():
                 raise CheckpointError(f"{show(self.name)}: NaN or infinite values")
-            release(bits_N[start : start + BLOCK])
+            release(bits_N[some])
 
     def _widen(self, stored, dtype):
         if self.dtype == "BF16":
@@ -74,7 +86,7 @@ class Plain:
 
 
 @dataclass(frozen=True, eq=False)
-class Quantized:
+class Quantized(Unpacking):
     """w[o, i] = (code[o, i] - zero[o, i // group]) · scale[o, i // group], with signed codes of 2, 4 or 8 bits.
 
     The one form of every storage: a code is held as the unsigned code + 2^(bits-1), packed along `in`, the first in the
@@ -105,25 +117,6 @@ class Quantized:
     def shape(self):
         return self.packed.shape[0], self.packed.shape[1] * 8 // self.bits
 
-    def rows(self, start, stop, dtype, out=None):
-        """Rows start … stop-1 -> float [stop - start, in], C-contiguous, in `out` or new; in float64 exact products."""
-        rows = rows_of(self, start, stop)
-        w_RI = self._unpack(rows, self.scales.rows(start, stop, dtype), out)
-        release(self.packed[rows])
-        release(self.scales.stored[rows])
-        return w_RI
-
-    def take(self, ids, dtype):
-        """The rows of an embedding -> new float [len(ids), in]. IndexError outside it."""
-        ids = ids_of(self, ids)
-        w_RI = self._unpack(ids, self.scales.take(ids, dtype))
-        release_rows(self.packed, ids)
-        return w_RI
-
-    def dequantize(self, dtype):
-        """-> new float [out, in]"""
-        return self.rows(0, self.shape[0], dtype)
-
     def check_finite(self):
         """Read all scales; CheckpointError, by name, for a NaN or an infinity, or what would make one in float32."""
         self.scales.check_finite()
@@ -134,7 +127,7 @@ class Quantized:
     def codes(self):
         """-> int8 [out, in], the signed codes, for inspection."""
         codes_OI = np.empty(self.shape, np.int8)
-        for block in self._blocks(len(codes_OI)):
+        for block in row_blocks(*self.shape, BLOCK):
             codes_OI[block] = _codes(self.packed[block], self.bits)
         return codes_OI
 
@@ -156,21 +149,19 @@ class Quantized:
             histogram([found.get(code, 0) for code in codes], codes if self.bits <= 4 else [""] * len(codes)),
         )  # fmt: skip
 
-    def _blocks(self, rows):
-        height = max(1, BLOCK // self.shape[1])
-        return [slice(start, start + height) for start in range(0, rows, height)]
-
-    def _unpack(self, rows, scales_RG, out=None):
-        """-> [R, I] in the scales' dtype."""
-        packed_RB, zeros_RG = self.packed[rows], None if self.zeros is None else self.zeros[rows]
+    def _unpack(self, rows, dtype, out=None):
+        packed_RB, scales_RG = self.packed[rows], self.scales._widen(self.scales.stored[rows], dtype)
+        zeros_RG = None if self.zeros is None else self.zeros[rows]
         shape = len(packed_RB), self.shape[1]
-        w_RI = np.empty(shape, scales_RG.dtype) if out is None else out
+        w_RI = np.empty(shape, dtype) if out is None else out
         w_RGK = w_RI.reshape(*scales_RG.shape, self.group)
-        for block in self._blocks(shape[0]):
+        for block in row_blocks(*shape, BLOCK):
             w_RI[block] = _codes(packed_RB[block], self.bits)
             if zeros_RG is not None:
                 w_RGK[block] -= zeros_RG[block, :, None]  # exact: small integers
             w_RGK[block] *= scales_RG[block, :, None]
+        release_rows(self.packed, rows)
+        release_rows(self.scales.stored, rows)
         return w_RI
 
 
@@ -210,17 +201,10 @@ def find_tensor(tensors, name, dtypes, shape, said=""):
     return raw
 
 
-def rows_of(weight, start, stop):
-    if not 0 <= start <= stop <= weight.shape[0]:
-        raise IndexError(f"{show(weight.name)}: rows {start} to {stop} of {weight.shape[0]}")
-    return slice(start, stop)
-
-
-def ids_of(weight, ids):
-    ids = np.asarray(ids, dtype=np.int64)
-    if ids.size and not (0 <= ids.min() and ids.max() < weight.shape[0]):
-        raise IndexError(f"{show(weight.name)}: row {ids.min()} or {ids.max()} of {weight.shape[0]}")
-    return ids
+def row_blocks(rows, columns, size):
+    """Slices that cover so many rows, each of about `size` weights."""
+    height = max(1, size // columns)
+    return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
 
 
 def release_all(weight):
@@ -231,10 +215,12 @@ def release_all(weight):
             release(array)
 
 
-def release_rows(array, ids):
-    """Give back the pages between the first and the last of the rows."""
-    if ids.size:
-        release(array[ids.min() : ids.max() + 1])
+def release_rows(array, rows):
+    """Give back the pages of a slice of rows, or between the first and the last of ids."""
+    if isinstance(rows, slice):
+        release(array[rows])
+    elif rows.size:
+        release(array[rows.min() : rows.max() + 1])
 
 
 def pack(w_OI, group=32, name=""):

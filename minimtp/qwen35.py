@@ -4,11 +4,8 @@ Three layers of four keep a recurrent state (Gated DeltaNet) instead of keys and
 """
 
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
-
-from .backend import arithmetic, gather, matmul
+from .backend import gather, matmul
 from .cache import Cache
 from .checkpoint import CheckpointError, show
 from .config import config_size, config_value, layer_count, layer_kinds, placeholders, refuse_unsupported
@@ -20,9 +17,7 @@ from .drafter_kv import DrafterKV
 from .kv import FullKV
 from .kv_storage import VALUES_ONLY, parse
 from .layers import (
-    Output,
     Rope,
-    Taps,
     attend_over,
     best_experts,
     delta_rule,
@@ -36,7 +31,6 @@ from .layers import (
     seen,
     sigmoid,
     silu,
-    token_ids,
     turn_and_keep,
 )
 
@@ -341,25 +335,8 @@ def head(params, config, hidden_TD):
     return matmul(hidden_TD, params.lm_head)
 
 
-def forward(params, config, ids_T, cache, dtype, taps=(), last=None, progress=None):
-    """Read ids_T after what the cache holds -> Output, with the logits of the last `last` of them (None: all).
-
-    Depends on its arguments alone; the cache afterwards holds the tokens, or is as before where this raises.
-    """
-    ids_T = token_ids(ids_T, config.vocab_size, config.placeholders)
-    if last is not None and last < 0:
-        raise ValueError(f"last is {last}, wanted None or a number of rows")
-    tap = Taps(taps, len(config.layers), progress)
-    with arithmetic(), cache.reading(ids_T) as start:
-        read = partial(_read, params, config, cache, dtype, tap, last)
-        key, positions_T = None if taps else ("target", last), np.arange(start, start + len(ids_T))
-        logits_TV, hidden_TD, x_TD = cache.run(read, ids_T, positions_T, writes=cache.layers, key=key)
-        cache.drafter.note(x_TD)
-    return Output(logits_TV, hidden_TD, *tap.collected())
-
-
-def _read(params, config, cache, dtype, tap, last, ids_T, positions_T):
-    """The pass itself -> (logits, hidden states after the final norm, and before it). It looks at no number."""
+def forward(params, config, cache, dtype, tap, last, ids_T, positions_T):
+    """As gemma4.forward, and third the hidden states before the final norm, which the cache notes for the MTP layer."""
     rope, span = rope_at(config, positions_T, dtype), seen(positions_T)
     x_TD = tap("embed", embed(params, config, ids_T, dtype))
     for i, (layer, w, memory) in enumerate(zip(config.layers, params.layers, cache.layers)):

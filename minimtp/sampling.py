@@ -64,7 +64,7 @@ class Sampling:
         if self.top_p is not None and self.top_p < 1:
             for z_V in z_TV.reshape(-1, z_TV.shape[-1]):  # views: rows are filtered in place
                 z_V[~_nucleus(z_V, self.top_p)] = -np.inf
-        p_TV = _softmax(z_TV)
+        p_TV = softmax(z_TV)
         if self.min_p is not None:
             p_TV *= p_TV >= self.min_p * p_TV.max(-1, keepdims=True)
             p_TV /= p_TV.sum(-1, keepdims=True)
@@ -125,7 +125,8 @@ def draw(p_V, u):
     return int(np.searchsorted(cdf_V / cdf_V[-1], u, side="right"))  # where the cdf steps past u, p > 0
 
 
-def _softmax(z_TV):
+def softmax(z_TV):
+    """Over the last axis."""
     e_TV = np.exp(z_TV - z_TV.max(-1, keepdims=True))
     return e_TV / e_TV.sum(-1, keepdims=True)
 
@@ -133,7 +134,7 @@ def _softmax(z_TV):
 def _nucleus(z_V, top_p):
     """True where top-p keeps a token: logits are dropped from the lowest while their sum stays <= 1 - top_p."""
     rising = np.sort(z_V[z_V > -np.inf])  # after top-k only k are left to sort
-    drop = min(np.count_nonzero(np.cumsum(_softmax(rising)) <= 1 - top_p), len(rising) - 1)
+    drop = min(np.count_nonzero(np.cumsum(softmax(rising)) <= 1 - top_p), len(rising) - 1)
     keep_V, edge_N = z_V > rising[drop], np.flatnonzero(z_V == rising[drop])
     keep_V[edge_N[drop - np.searchsorted(rising, rising[drop]) :]] = True
     return keep_V

@@ -49,17 +49,12 @@ def _compile(command, source, made):
 
 
 @cache
-def library(name, kernels, constants=()):
-    """The shared library of kernels/NAME.cu. Raises KernelError with the compiler's words, or where there is none."""
-    return compiled(source(name, constants), kernels)
-
-
-@cache
-def compiled(text, kernels):
-    """The same for a source given as text; kernels: the names in it."""
+def compiled(text):
+    """The shared library of a source. Raises KernelError with the compiler's words, or where there is none."""
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "g++"]
     if shutil.which(compiler[0]) is None:
         raise KernelError(f"running kernels on the CPU needs a C++ compiler: {compiler[0]} is not there")
+    kernels = kernels_of(text)
     exports = "".join(f"HOST_EXPORT({kernel})\n" for kernel in kernels)
     text = f'#define MINIMTP_HOST\n#include "host.h"\n#line 1 "kernel.cu"\n{text}\n{exports}'
     stem = _header(tuple(compiler)).parent / hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -103,7 +98,7 @@ def launch(name, kernel, grid, block, arguments, *, constants=(), shared=0, orde
     Raises KernelError as start does, and for what was written beside an array.
     """
     text = source(name, constants) if text is None else text
-    module, copies = compiled(text, kernels_of(text)), {}
+    module, copies = compiled(text), {}
     for array in arguments:
         if isinstance(array, np.ndarray) and id(array) not in copies:
             copies[id(array)] = Guarded(array.nbytes, at_start=order == "backward")

@@ -13,11 +13,12 @@ from statistics import NormalDist
 import numpy as np
 
 from . import gemma4, gemma4_assistant, qwen35, qwen35_mtp
-from .checkpoint import DTYPES, CheckpointError, float_to_bf16, read_json, sweep, temporary
-from .convert import write_checkpoint
+from .checkpoint import DTYPES, float_to_bf16, read_json, sweep, temporary
+from .convert import refuse_existing, write_checkpoint
 from .ggml import TYPES, Blocks
 from .gguf_write import FILE_TYPES
 from .loading import open_model, parse_model, published
+from .memory import SMALL
 from .parameters import VECTORS
 from .quant import Plain, Quantized
 from .source import Source
@@ -38,8 +39,7 @@ def synthesize(config, dst, format="bf16", layers=None, seed=0, progress=None):
     if format not in FILE_TYPES or dst.suffix == ".gguf":
         return write_checkpoint(source, dst, format, progress, dst.stem, compare=False)
     sweep(dst.absolute())
-    if dst.exists():
-        raise CheckpointError(f"{dst}: is already there")
+    refuse_existing(dst)
     with temporary(dst.absolute(), Path.mkdir) as folder:
         report = write_checkpoint(source, folder / f"{dst.name}.gguf", format, progress, dst.name, compare=False)
         os.rename(folder, dst)
@@ -124,7 +124,6 @@ STORED = {
     "q4_0": {"linear": ("Q4_0", "F16"), "embedding": ("Q6_K", "Q8_0", "F16"), "small": ("F32",)},
     "q8_0": {"linear": ("Q8_0", "F16"), "embedding": ("Q8_0", "F16"), "small": ("F32",)},
 }
-GATES = ("router", "router_proj", "shared_expert_gate", "in_proj_a", "in_proj_b", "centroids")  # small matrices
 BLOCKS = {"INT4": 32} | {name: type.block for name, type in TYPES.items()}
 
 
@@ -132,7 +131,7 @@ def _type(place, name, shape, kind, format):
     part = place.rpartition(".")[2]
     if format == "q4_0" and part == "per_layer_model_projection":
         return "F16"
-    small = kind in VECTORS or part in GATES or (format == "compressed-tensors" and name.startswith("mtp."))
+    small = kind in VECTORS or part in SMALL or (format == "compressed-tensors" and name.startswith("mtp."))
     row = "small" if small else "embedding" if kind == "embedding" else "linear"
     return next(type for type in STORED[format][row] if shape[-1] % BLOCKS.get(type, 1) == 0)
 

@@ -415,7 +415,7 @@ def test_an_append_that_finds_no_memory_leaves_no_trace(monkeypatch):
     for one in (cache, twin):
         read(target, one, random_ids(20, 37))
     with monkeypatch.context() as patch:
-        patch.setattr("minimtp.kv._moved", lambda *args: (_ for _ in ()).throw(MemoryError))
+        patch.setattr("minimtp.kv.FullKV.new_buffers", lambda *args: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             target.forward(random_ids(30, 37), cache)
     assert same_contents(cache, twin)

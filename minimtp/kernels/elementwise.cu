@@ -6,8 +6,6 @@
 //
 // Grid: (columns / 256 rounded up, rows). Block: 256 threads. Compiled with EXPRESSION.
 
-__device__ inline float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
-
 __device__ inline float value(float x, float y, float s) { return EXPRESSION; }
 
 extern "C" __global__ void elementwise(float* out, const float* __restrict__ a, const float* __restrict__ b, float s,

@@ -175,11 +175,9 @@ extern "C" __global__ void experts_down(float* __restrict__ out_STD, const float
         }
 }
 
-// shared_TD, where there is one, is an expert of all tokens, which comes last and counts sigmoid(shared_gate_T).
 extern "C" __global__ void experts_sum(float* __restrict__ out_TD, const float* __restrict__ out_STD,
                                        const float* __restrict__ weights_ST, const int* __restrict__ slots,
-                                       const unsigned* __restrict__ tokens_S, const float* __restrict__ shared_TD,
-                                       const float* __restrict__ shared_gate_T, int width) {
+                                       const unsigned* __restrict__ tokens_S, int width) {
     int t = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= width) return;
     float sum = 0;
@@ -188,6 +186,5 @@ extern "C" __global__ void experts_sum(float* __restrict__ out_TD, const float* 
             long long place = (long long)slot * TOKENS + t;
             sum = fmaf(out_STD[place * width + column], weights_ST[place], sum);
         }
-    if (shared_TD) sum += shared_TD[t * width + column] / (1 + expf(-shared_gate_T[t]));
     out_TD[t * width + column] = sum;
 }

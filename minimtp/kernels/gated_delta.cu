@@ -5,7 +5,7 @@
 // count: for each its key, its write u and its decay. A state cannot be trimmed, but it can be written again from the
 // log, by the operations that made it, so to the same bits. A pass of TOKENS writes the logged tokens again (often none
 // are), reads its own, and logs them behind; the state that it ends with goes to `after`, if that is not null, and the
-// committed one stays. To un-read, lower `logged`. To commit n, gated_delta_replay with out = state.
+// committed one stays. To un-read, lower `logged`. To commit n, gated_delta_replay.
 //
 // The columns of a state are independent, so a block has 32 of one head's, a lane one of them, and a warp the rows
 // warp * ROWS … of it, in registers: the state is read once and written once, 128 bytes a warp at a time, ROWS loads in
@@ -144,13 +144,13 @@ extern "C" __global__ void gated_delta(float* __restrict__ out_THV, float* after
     if (after_HKV) store(after_HKV, state_R, p, values);
 }
 
-// out = the state after the log's first *count tokens; out may be the committed state itself.
-extern "C" __global__ void gated_delta_replay(float* out_HKV, const float* state_HKV, const float* __restrict__ k_LGK,
+// The committed state becomes that after the log's first *count tokens.
+extern "C" __global__ void gated_delta_replay(float* state_HKV, const float* __restrict__ k_LGK,
                                               const float* __restrict__ u_LHV, const float* __restrict__ decay_LH,
                                               const int* __restrict__ count, int key_heads, int values) {
     Place p = place_of_thread(key_heads, values);
     float state_R[ROWS];
     load(state_R, state_HKV, p, values);
     write_again(state_R, k_LGK, u_LHV, decay_LH, *count, p, key_heads, values);
-    store(out_HKV, state_R, p, values);
+    store(state_HKV, state_R, p, values);
 }

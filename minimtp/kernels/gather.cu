@@ -1,8 +1,7 @@
-// gather: rows of an embedding, by ids that lie in device memory, as floats times a factor. Twin: backend.gather, and
-// the multiplication that gemma4.embed does with it (factor: the float32 nearest to sqrt(D)); bit for bit.
+// gather: rows of an embedding, by ids that lie in device memory, as floats. Twin: backend.gather, bit for bit.
 //
-// As there a weight is rounded once when its scale is applied (most never are) and once more by the factor. A thread
-// makes one column of one token: lanes of a warp read neighbouring columns, and no row is more than some kilobytes.
+// As there a weight is rounded once, when its scale is applied (most never are). A thread makes one column of one token:
+// lanes of a warp read neighbouring columns, and no row is more than some kilobytes.
 //
 // What the arrays are depends on STORAGE:
 //   FLOATS  stored: SCALE floats [V, D]; scales, high and steps null
@@ -30,8 +29,8 @@ __device__ inline float q6k_weight(const uint8* low, const uint8* high, const in
 
 extern "C" __global__ void gather(float* __restrict__ out_TD, const int* __restrict__ ids_T,
                                   const void* __restrict__ stored, const void* __restrict__ scales,
-                                  const uint8* __restrict__ high, const f16* __restrict__ steps, int columns, int group,
-                                  float factor) {
+                                  const uint8* __restrict__ high, const f16* __restrict__ steps, int columns,
+                                  int group) {
     int t = blockIdx.y, column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     long long row = ids_T[t];
@@ -50,5 +49,5 @@ extern "C" __global__ void gather(float* __restrict__ out_TD, const int* __restr
 #endif
     float weight = code * scale;
 #endif
-    out_TD[(long long)t * columns + column] = weight * factor;
+    out_TD[(long long)t * columns + column] = weight;
 }

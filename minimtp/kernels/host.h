@@ -43,7 +43,6 @@ extern "C" char __start_cuda_shared[] __attribute__((weak, visibility("hidden"))
 extern "C" char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
 
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
-constexpr int warpSize = 32;
 
 namespace host {
 
@@ -311,12 +310,9 @@ inline float atomicAdd(float* address, float value) { return host::atomic_add(ad
 
 template <class T> T __ldcs(const T* address) { return *address; }  // a load of what is read once
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
-inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline int __float2int_rn(float x) {  // as on the device, the nearest that there is, and 0 for NaN
     return x != x ? 0 : x >= 2147483648.f ? 0x7FFFFFFF : x < -2147483648.f ? -0x7FFFFFFF - 1 : int(nearbyintf(x));
 }
-inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 using std::max;

@@ -1,15 +1,14 @@
 // rope_write: what is done to the queries, keys and values of a pass before it attends. Twins: layers.rms_norm and
 // rotate, as gemma4.attention and qwen35.attention use them; the encode functions of kv_storage, bit for bit.
 //
-// A row is one head's HEAD_DIM floats of one token, at position *start + t. A query's is normed, rotated, multiplied by
-// q_scale and written to q_out_THK; a key's is normed, rotated and kept at slot (position mod slots) of its kv head; a
-// value's is kept, after a norm without weight where norm_values is 1. A weight that is null: no norm. What is kept is
-// [G, slots, HEAD_DIM] of STORAGE, and for INT8 a 16-bit scale a row, [G, slots]. Of a head's columns the pairs
-// (i, i + half) for i < turning rotate, by (position + shift) * frequencies[i]; an assistant's shift may be -1.
+// A row is one head's HEAD_DIM floats of one token, at position *start + t. A query's is normed, rotated and written to
+// q_out_THK; a key's is normed, rotated and kept at slot (position mod slots) of its kv head; a value's is kept, after a
+// norm without weight where norm_values is 1. A weight that is null: no norm. What is kept is [G, slots, HEAD_DIM] of
+// STORAGE, and for INT8 a 16-bit scale a row, [G, slots]. Of a head's columns the pairs (i, i + half) for i < turning
+// rotate, by position * frequencies[i].
 //
-// q_token, q_head and kv_token are the floats from one token or head to the next in what comes in: 2 * HEAD_DIM between
-// heads where gates lie between. Of a pass without keys of its own k_TGK and v_TGK are null, of one that keeps only
-// values k_TGK is: nothing is written for them. Rows share nothing, so a token's bits are its own.
+// Of a pass without keys of its own k_TGK and v_TGK are null, of one that keeps only values k_TGK is: nothing is
+// written for them. Rows share nothing, so a token's bits are its own.
 //
 // A warp makes a row, in shared memory, read once and written once. Grid: (H + 2 G, tokens): queries, values, keys; the
 // last G, or 2 G, may be left out with their pointers. Block: 32 threads. Shared: 4 * HEAD_DIM bytes. No alignment is
@@ -65,26 +64,25 @@ extern "C" __global__ void __launch_bounds__(32) rope_write(
     uint16* __restrict__ k_scales_GS, uint16* __restrict__ v_scales_GS, const float* __restrict__ q_THK,
     const float* __restrict__ k_TGK, const float* __restrict__ v_TGK, const float* __restrict__ q_norm_K,
     const float* __restrict__ k_norm_K, const float* __restrict__ frequencies_C, const int* __restrict__ start,
-    int heads, int kv_heads, int slots, int q_token, int q_head, int kv_token, int turning, int half, int shift,
-    int norm_values, float q_scale, float eps) {
+    int heads, int kv_heads, int slots, int turning, int half, int norm_values, float eps) {
     __shared__ float row_K[HEAD_DIM];
     int t = blockIdx.y, head = blockIdx.x, lane = threadIdx.x, position = *start + t;
     bool is_q = head < heads, is_v = !is_q && head < heads + kv_heads;
     int g = is_v ? head - heads : head - heads - kv_heads;
     const float* in = is_q ? q_THK : is_v ? v_TGK : k_TGK;
     if (!in) return;  // the whole block
-    in += is_q ? (long long)t * q_token + (long long)head * q_head : (long long)t * kv_token + (long long)g * HEAD_DIM;
+    in += (is_q ? (long long)t * heads + head : (long long)t * kv_heads + g) * HEAD_DIM;
     for (int i = lane; i < HEAD_DIM; i += 32) row_K[i] = in[i];
 
     const float* weight_K = is_q ? q_norm_K : is_v ? nullptr : k_norm_K;
     if (is_v ? norm_values : weight_K != nullptr) rms_norm(row_K, weight_K, eps);
     __syncwarp();
-    if (!is_v) rotate(row_K, frequencies_C, turning, half, position + shift);
+    if (!is_v) rotate(row_K, frequencies_C, turning, half, position);
     __syncwarp();
 
     if (is_q) {
         float* out_K = q_out_THK + ((long long)t * heads + head) * HEAD_DIM;
-        for (int i = lane; i < HEAD_DIM; i += 32) out_K[i] = row_K[i] * q_scale;
+        for (int i = lane; i < HEAD_DIM; i += 32) out_K[i] = row_K[i];
         return;
     }
     long long row = (long long)g * slots + position % slots;

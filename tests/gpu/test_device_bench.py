@@ -125,7 +125,7 @@ def test_a_launch_counts_rows_of_tables_and_whole_matrices():
     device = Host()
     table, ids, out = (device.zeros(*made) for made in (((45, 8), np.float32), (1, np.int32), ((1, 8), np.float32)))
     counts = {"token": 1, "position": 11, "expert": 2}
-    assert launch_bytes("gather", [out, ids, table, None, None, None, 8, 1, 1.0], counts) == 32 + 4 + 32
+    assert launch_bytes("gather", [out, ids, table, None, None, None, 8, 1], counts) == 32 + 4 + 32
     assert launch_bytes("matvec_float", [out, out, table, 45, 8], counts) == 32 + 45 * 32  # what is there twice, once
     keys = device.zeros((2, 20, 4), np.float32)
     assert launch_bytes("attention_split", [out, out, out, keys, keys, None, None], counts) == 32 + 2 * 11 * 4 * 4

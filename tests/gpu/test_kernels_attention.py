@@ -51,10 +51,9 @@ def storage_buffers(storage, kv_heads, slots, head_dim):
 def rope_write(
     q, k, v, start, slots, storage="F32", q_norm=None, k_norm=None, frequencies=None, half=None, v_norm=False, **options
 ):
-    """Launch it -> (q [T, H, K], keys, key scales, values, value scales); q may be [T, H, 2 K], gates after queries."""
+    """Launch it -> (q [T, H, K], keys, key scales, values, value scales)."""
     kv_heads = next((x.shape[1] for x in (k, v) if x is not None), 0)
-    tokens, heads, width = q.shape
-    head_dim = next((x.shape[2] for x in (k, v) if x is not None), options.get("head_dim", width))
+    tokens, heads, head_dim = q.shape
     kept = [storage_buffers(storage, max(kv_heads, 1), slots, head_dim) for _ in range(2)]
     out = np.full((tokens, heads, head_dim), np.nan, np.float32)
     turning = int(np.count_nonzero(frequencies))
@@ -63,13 +62,13 @@ def rope_write(
     scales = [None if x is None else x.view(np.uint16) for x in (k_scales, v_scales)]
     rows = [x.view(np.uint16) if storage == "F16" else x for x in (k_rows, v_rows)]
     arrays = [out, *rows, *scales, q, k, v, q_norm, k_norm, frequencies, np.array([start], np.int32)]
-    sizes = [heads, kv_heads, slots, heads * width, width, kv_heads * head_dim, turning, half or head_dim // 2]
+    sizes = [heads, kv_heads, slots, turning, half or head_dim // 2, int(v_norm), EPS]
     shim.launch(
         "rope_write",
         "rope_write",
         (heads + 2 * kv_heads, tokens),
         32,
-        [*arrays, *sizes, options.get("shift", 0), int(v_norm), float(options.get("q_scale", 1)), EPS],
+        [*arrays, *sizes],
         constants=tuple(constants.items()),
         order=options.get("order", "forward"),
         text=planted("rope_write", constants, options.get("defect")),
@@ -106,21 +105,21 @@ def test_queries_keys_and_values_are_normed_and_turned_as_gemma_does(start, rope
     assert (keys[:, others] == 77).all() and (values[:, others] == 77).all()
 
 
-def test_queries_with_gates_between_are_turned_in_part_and_scaled_as_qwen_does():
-    q, k, v, norm = normal(1, 3, 6, 96), normal(2, 3, 2, 48), normal(3, 3, 2, 48), normal(4, 48)
+def test_queries_and_keys_are_turned_in_part_as_qwen_does():
+    q, k, v, norm = normal(1, 3, 6, 48), normal(2, 3, 2, 48), normal(3, 3, 2, 48), normal(4, 48)
     frequencies = rope_frequencies(Rope("default", 1e7), 12)
-    options = {"q_norm": norm, "k_norm": norm, "frequencies": frequencies, "half": 6, "q_scale": 48**-0.5}
+    options = {"q_norm": norm, "k_norm": norm, "frequencies": frequencies, "half": 6}
     out, keys, _, values, _ = rope_write(q, k, v, 61, 64, **options)
     table = rope_table(np.arange(61, 64), frequencies, np.float32)
-    assert close(out, rotate(rms_norm(q[..., :48], norm, EPS), table) * np.float32(48**-0.5), 1e-6)
+    assert close(out, rotate(rms_norm(q, norm, EPS), table), 1e-6)
     assert close(keys[:, 61:].swapaxes(0, 1), rotate(rms_norm(k, norm, EPS), table), 1e-6)
     assert np.array_equal(values[:, 61:].swapaxes(0, 1), v) and (values[:, :61] == 77).all()
 
 
-def test_a_layer_that_borrows_keys_and_values_has_queries_only_at_a_position_of_its_choice():
+def test_a_layer_that_borrows_keys_and_values_has_queries_only():
     q, frequencies = normal(1, 1, 6, 48), rope_frequencies(GEMMA_SLIDING, 48)
-    out, keys, _, values, _ = rope_write(q, None, None, 40, 8, frequencies=frequencies, shift=-1, v_norm=True)
-    assert close(out, rotate(q, rope_table(np.array([39]), frequencies, np.float32)), 1e-6)
+    out, keys, _, values, _ = rope_write(q, None, None, 40, 8, frequencies=frequencies, v_norm=True)
+    assert close(out, rotate(q, rope_table(np.array([40]), frequencies, np.float32)), 1e-6)
     assert (keys == 77).all() and (values == 77).all()
 
 

@@ -163,7 +163,7 @@ def model(rng, E, scale="f16", group=8):
     return gate[:2], up[:2], down[:2], reference
 
 
-def mixture(x_TD, routed, weights, compiled_with, order="forward", text=None, shared=(None, None)):
+def mixture(x_TD, routed, weights, compiled_with, order="forward", text=None):
     """The three kernels one after the other -> out [T, D - 3]."""
     (T, D_in), (gate, up, down, _), S = x_TD.shape, weights, len(routed.expert_S)
     rows = down[0].shape[1]
@@ -175,7 +175,7 @@ def mixture(x_TD, routed, weights, compiled_with, order="forward", text=None, sh
     shim.launch("experts", "experts_gated", (-(-F // WARPS), S), 32 * WARPS, arrays, **run)
     arrays = [out_STD, gated_STF, *down, *union, rows, F]
     shim.launch("experts", "experts_down", (-(-rows // (2 * WARPS)), S), 32 * WARPS, arrays, **run)
-    arrays = [out_TD, out_STD, routed.weights_ST, routed.slots, routed.tokens_S, *shared, rows]
+    arrays = [out_TD, out_STD, routed.weights_ST, routed.slots, routed.tokens_S, rows]
     shim.launch("experts", "experts_sum", (-(-rows // 64), T), 64, arrays, **run)
     for slot in range(S):  # only what the union needs is written
         users = [routed.tokens_S[slot] >> t & 1 and slot < routed.used for t in range(T)]
@@ -224,16 +224,6 @@ def test_a_tokens_mixture_is_the_same_bits_whoever_shares_the_pass():
     for t in (0, 7):
         alone_TD = mixture(x_TD[[t]], route(logits_TE[[t]], top_k), weights, constants(1))
         np.testing.assert_array_equal(alone_TD, wide_TD[[t]])
-
-
-def test_the_expert_that_all_tokens_share_comes_last_under_its_gate():
-    rng = np.random.RandomState(8)
-    x_TD, logits_TE, top_k = case(rng, 5)
-    weights, routed = model(rng, 6), route(logits_TE, top_k)
-    shared_TD, gate_T = rng.normal(0, 1, (5, D - 3)).astype(np.float32), rng.normal(0, 1, 5).astype(np.float32)
-    without = mixture(x_TD, routed, weights, constants(5))
-    found = mixture(x_TD, routed, weights, constants(5), shared=(shared_TD, gate_T))
-    assert worst(found, without + layers.sigmoid(gate_T)[:, None] * shared_TD) < 1e-6
 
 
 @pytest.mark.parametrize(
