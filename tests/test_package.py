@@ -20,8 +20,8 @@ ORDER = ["display", "backend", "checkpoint", "config", "quant", "ggml", "mobile"
          "text", "memory", "parameters", "loading", "lattice", "lattice_report", "encode", "source", "convert",
          "synth", "acceptance", "audit", "generate", "bench", "watch", "page", "device_bytes", "device_bench",
          "oracle_rules", "oracle_logits", "expected", "oracle_cache", "oracle_drafter", "oracle", "self_check",
-         "golden", "logits", "worklist", "server", "server_check", "hf_check", "chat", "cli_common", "cli_show", "cli_worklist",
-         "cli_files", "cli_oracle", "cli_check", "cli"]  # fmt: skip
+         "golden", "logits", "worklist", "server", "server_check", "hf_check", "chat", "cli_common", "cli_show",
+         "cli_worklist", "cli_files", "cli_oracle", "cli_check", "cli"]  # fmt: skip
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 MODULES = [name for name in SOURCES if not name.startswith("__")]
 
@@ -244,7 +244,8 @@ def test_the_search_knows_a_machine():
 
 
 def documents():
-    return [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), PROJECT / "weights" / "README.md"]
+    tops = [PROJECT / name for name in ("README.md", "CONTRIBUTING.md", "weights/README.md", "notebooks/README.md")]
+    return [*tops, *sorted((PROJECT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)

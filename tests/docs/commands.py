@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-PROGRAMS = "minimtp", "python", "pytest", "pip", "huggingface-cli"
+PROGRAMS = "minimtp", "python", "pytest", "pip", "huggingface-cli", "jupyter"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 INLINE = re.compile(r"`((?:{}) [^`]+)`".format("|".join(PROGRAMS)))
 
@@ -30,6 +30,7 @@ REPLACED = (
     (r"-n 1024", "-n 64"),
     (r"(docs/proof\.py)$", r"\1 qwen-lookup"),
     (r"(weights/train\.py) TEXT --work DIR", r"\1 TEXT --work DIR --help"),
+    (r"^jupyter lab notebooks", "jupyter lab --version"),
     # where something listens
     (r"http://HOST:PORT2?|\bURL\b", "{server}"),
     (r"tcp://scheduler:8786", "{scheduler}"),
@@ -42,11 +43,8 @@ REFUSED = {"--backend cupy": "cupy"}  # the word by which a refusal names its re
 
 
 def documents():
-    return [
-        *(path for name in ("README.md", "CONTRIBUTING.md") if (path := PROJECT / name).exists()),
-        *sorted((PROJECT / "docs").glob("*.md")),
-        PROJECT / "weights" / "README.md",
-    ]
+    tops = ("README.md", "CONTRIBUTING.md", "notebooks/README.md", "weights/README.md")
+    return [*(PROJECT / name for name in tops), *sorted((PROJECT / "docs").glob("*.md"))]
 
 
 def scripts(text):
