@@ -91,8 +91,8 @@ GROUPS = {
 }
 EXAMPLES = """\
 examples:
-  minimtp run "ROMEO:" --trace                       what becomes of draft tokens
-  minimtp show --config gemma-4-31b --memory 24GiB   whether a model fits
+  minimtp run "ROMEO:" --trace                      what becomes of draft tokens
+  minimtp show --config gemma-4-31b --memory 24GiB  whether a model fits
 """
 
 
@@ -326,7 +326,7 @@ def legend(colours=False, width=None):
     """What the marks of a trace mean."""
     said = [(fate, f"{FATES[fate].mark} {words}") for fate, words in WORDS.items()]
     parts = [paint(words, fate) if colours else words for fate, words in said]
-    return hang(["round kept/drafted ", *(f"{part}," for part in parts[:-1]), parts[-1]], width, indent=20)
+    return hang(["round kept/drafted ", *(f"{part}," for part in parts[:-1]), parts[-1]], width, indent=10)
 
 
 def trace_line(number, step, tokenizer, colours=False, width=None):

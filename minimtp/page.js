@@ -134,8 +134,10 @@ function neighbouringRound(step) {
   return index < 0 ? current : index;
 }
 
-text.addEventListener("keydown", (event) => {
+document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey) return;
+  const sideways = ["ArrowLeft", "ArrowRight"].includes(event.key);
+  if (!sideways && !text.contains(event.target)) return; // elsewhere these scroll the page
   const moves = {
     ArrowRight: () => near(1), ArrowLeft: () => near(-1),
     ArrowDown: () => neighbouringRound(1), ArrowUp: () => neighbouringRound(-1),

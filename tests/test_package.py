@@ -18,10 +18,10 @@ ORDER = ["display", "backend", "checkpoint", "config", "quant", "ggml", "mobile"
          "kernel_source", "shim", "device", "device_layout", "device_weights", "kernel_ops", "device_kv",
          "device_state", "device_cache", "gemma4", "gemma4_assistant", "qwen35", "qwen35_mtp", "sampling", "drafting",
          "text", "memory", "parameters", "loading", "lattice", "lattice_report", "encode", "source", "convert",
-         "synth", "acceptance", "audit", "generate", "bench", "watch", "page", "device_bytes", "device_bench",
-         "oracle_rules", "oracle_logits", "expected", "oracle_cache", "oracle_drafter", "oracle", "self_check",
-         "golden", "logits", "worklist", "server", "server_check", "hf_check", "chat", "cli_common", "cli_show",
-         "cli_worklist", "cli_files", "cli_oracle", "cli_check", "cli"]  # fmt: skip
+         "synth", "acceptance", "audit", "generate", "bench", "explain", "watch", "page", "device_bytes",
+         "device_bench", "oracle_rules", "oracle_logits", "expected", "oracle_cache", "oracle_drafter", "oracle",
+         "self_check", "golden", "logits", "worklist", "server", "server_check", "hf_check", "chat", "cli_common",
+         "cli_show", "cli_worklist", "cli_files", "cli_oracle", "cli_check", "cli"]  # fmt: skip
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 MODULES = [name for name in SOURCES if not name.startswith("__")]
 

@@ -112,6 +112,15 @@ def test_arrow_keys_go_through_tokens_and_rounds(browser, file, run):
         assert outline == "3px"
 
 
+def test_arrow_keys_need_no_click_first(browser, file, run):
+    with opened(browser, file) as page:
+        page.keyboard.press("ArrowRight")
+        panel_says(page, run.places[1])
+        page.evaluate("document.activeElement.blur()")
+        page.keyboard.press("ArrowDown")  # scrolls
+        panel_says(page, run.places[1])
+
+
 def test_what_was_not_kept_can_be_hidden(browser, file, run):
     with opened(browser, file) as page:
         page.locator("#ghosts").uncheck()
