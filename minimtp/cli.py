@@ -293,7 +293,7 @@ def _shown(steps, tokenizer, arguments):
             else:
                 print(text, end="", flush=True)
             if arguments.trace:
-                line = trace_line(number, step, tokenizer, has_colours(sys.stderr), columns(sys.stderr))
+                line = trace_line(number, step, tokenizer, arguments.rule, has_colours(sys.stderr), columns(sys.stderr))
                 print(line, file=sys.stderr)
             yield step
     finally:
@@ -329,14 +329,14 @@ def legend(colours=False, width=None):
     return hang(["round kept/drafted ", *(f"{part}," for part in parts[:-1]), parts[-1]], width, indent=10)
 
 
-def trace_line(number, step, tokenizer, colours=False, width=None):
+def trace_line(number, step, tokenizer, rule="rejection", colours=False, width=None):
     """One round in one line: each draft token with its fate, then the token that the target gave.
 
     width: columns of a terminal, for a round too long for one line.
     """
     head = f"{number:4} {step.accepted:{len(str(step.drafted))}}/{step.drafted} "
     parts = []
-    for fate, token in fates(step):
+    for fate, token in fates(step, rule):
         part = FATES[fate].mark + json.dumps(tokenizer.decode([token], special=True), ensure_ascii=False)
         parts.append(paint(part, fate) if colours else part)
     return hang([head, *parts], width, indent=len(head) + 1)

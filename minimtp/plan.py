@@ -106,11 +106,14 @@ class Plan:
             lines.append(_row(name, "" if parts else "none", self.sums[name]))
             lines += [_row(f"  {part.name}", part.stored, part.bytes) for part in parts]
         if self.memory is not None:
-            left, scratch = self.left // MIB, _up(self.sums["scratch"])
-            verdict = "fits" if self.fits else "does not fit"
-            lines += [f"{verdict}: {left:,} MiB left, and scratch takes {scratch:,}"]
-            lines += [f"longest context that fits: {self.max_context:,} tokens"]
+            lines += [self._verdict(), f"longest context that fits: {self.max_context:,} tokens"]
         return "\n".join(lines)
+
+    def _verdict(self):
+        scratch = f"scratch takes {_up(self.sums['scratch']):,}"
+        if self.left < 0:
+            return f"does not fit: {_up(-self.left):,} MiB too much, and {scratch}"
+        return f"{'fits' if self.fits else 'does not fit'}: {self.left // MIB:,} MiB left, and {scratch}"
 
     def stack(self):
         """{name in display.MEMORY: bytes}, from a bar's beginning to its end."""
@@ -133,10 +136,8 @@ class Plan:
         title = f"<b>{escaped(self.model)}</b>, {self.context:,} tokens, keys and values in {escaped(self.storage)}"
         verdict = ""
         if self.memory is not None:
-            fits = "Fits" if self.fits else "Does not fit"
-            left = f"{self.left // MIB:,} MiB left, and scratch takes {_up(self.sums['scratch']):,}"
             longest = f"Longest context that fits: {self.max_context:,} tokens."
-            verdict = f"<div><b>{fits}</b> in {whole:,.0f} MiB (dashed): {left}. {longest}</div>"
+            verdict = f"<div>Of {whole:,.0f} MiB (dashed), <b>{self._verdict()}</b>. {longest}</div>"
         return framed(f"<div>{title}</div>", bar, verdict, table(["part", "stored", "MiB"], rows))
 
     def check(self, advice=""):

@@ -212,7 +212,8 @@ def test_text_says_what_json_says(cli):
                 row = rf"^    {part['name']} +{part['stored']} +{part['bytes'] / MIB:,.1f}$"
                 assert re.search(row, text, re.M)
         verdict = "fits" if found["fits"] else "does not fit"
-        assert f"{verdict}: {found['left_mib']:,} MiB left, and scratch takes {found['scratch_mib']:,}" in text
+        left = f"{found['left_mib']:,} MiB left" if found["left_mib"] >= 0 else f"{-found['left_mib']:,} MiB too much"
+        assert f"{verdict}: {left}, and scratch takes {found['scratch_mib']:,}" in text
         assert text.rstrip().endswith(f"longest context that fits: {found['max_context']:,} tokens")
 
 

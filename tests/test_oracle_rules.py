@@ -372,14 +372,14 @@ def test_no_samples():
 # --- what it needs ---
 
 
-@pytest.mark.parametrize("name", ["oracle_rules", "audit", "acceptance", "sampling"])
+@pytest.mark.parametrize("name", ["oracle_rules", "audit", "acceptance", "sampling", "display"])
 def test_numpy_is_all_it_needs(name):
     import sys
 
     tree = ast.parse((Path(oracle_rules.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
-            assert node.module in ("audit", "acceptance", "sampling")
+            assert node.module in ("audit", "acceptance", "sampling", "display")
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
             assert {part.split(".")[0] for part in names} <= {"numpy", *sys.stdlib_module_names}

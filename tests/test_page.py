@@ -306,7 +306,7 @@ def test_a_plan_is_shown_in_bars_and_in_numbers():
     weights = memory.stored_parts(family.tensors(config), "q4_0")
     plan = make_plan("<b>31b", config, weights, 8192, memory=24 << 30)
     text, widths = shown(plan), [float(w) for w in re.findall(r"width:([\d.]+)%", plan._repr_html_())]
-    assert "<b>31b" in text and f"{plan.max_context:,}" in text and "Fits" in text
+    assert "<b>31b" in text and f"{plan.max_context:,}" in text and "fits" in text
     assert len(widths) == len(plan.stack()) and sum(widths) < 100
     assert sum(plan.stack().values()) == plan.driver + sum(plan.sums.values())
     assert all(f"{part.bytes / 2**20:,.1f}" in text for parts in plan.parts().values() for part in parts)
