@@ -19,7 +19,7 @@ import pictures
 import minimtp
 from minimtp.display import GREEN, GREY, ORANGE, SKY, TARGET
 
-target = minimtp.load("tiny-gemma4", keep="dense")
+target = minimtp.load("tiny-gemma4", keep="dense")  # dense: the weights as plain float arrays
 prompt = "KATHARINA:\nI know not what you"
 
 # %% [markdown]
@@ -37,7 +37,7 @@ def piece(id):
 
 ids = target.tokenizer.encode(prompt)
 fig, ax = plt.subplots(figsize=(8, 1.1))
-pictures.boxes(ax, [f"{piece(id)}\n{id}" for id in ids], [SKY, "white"] * 6)
+pictures.boxes(ax, [f"{piece(id)}\n{id}" for id in ids], [SKY, "white"] * len(ids))
 ax.set_title(f"{len(prompt)} characters, {len(ids)} tokens: the piece, and its id below it", loc="left", fontsize=9)
 print(f"the vocabulary has {target.config.vocab_size:,} tokens")
 
@@ -52,7 +52,7 @@ print(f"the vocabulary has {target.config.vocab_size:,} tokens")
 table_VD = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]])
 looked_up_TD = np.array([table_VD[id] for id in (2, 0, 2)])
 one_hot_TV = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 1, 0]])
-print(looked_up_TD, "the same by a product:", np.array_equal(looked_up_TD, one_hot_TV @ table_VD))
+print(looked_up_TD, "\nthe same by a product:", np.array_equal(looked_up_TD, one_hot_TV @ table_VD))
 
 config, params = target.config, target.params
 x_TD = params.embed_tokens[ids] * np.sqrt(np.float32(config.hidden_size))
@@ -63,8 +63,10 @@ print("equal to the package's:", np.array_equal(x_TD, target.embed(ids)))
 # ## Five layers, one running sum
 #
 # Each layer takes the vectors (the *residual*), and adds to them twice: first what *attention* makes, which looks at
-# the tokens before, then what an *MLP* makes, which looks at one position alone. Gemma norms both before it adds
-# them, and scales the sum. `taps` names points of the pass whose values are to be kept.
+# the tokens before, then what an *MLP* makes (two matrix products with a bend between them), which looks at one
+# position alone. Gemma *norms* both before it adds them: a vector is divided by its root mean square, and each of its
+# numbers multiplied by a trained weight. The sum is multiplied by the layer's scale. `taps` names points of the pass
+# whose values are to be kept.
 
 # %%
 layers = range(len(config.layers))
@@ -74,28 +76,36 @@ print("one pass kept", len(out.taps), "values, each", out.taps["layer.0.out"].sh
 print("logits:", out.logits_TV.shape, "= positions × vocabulary")
 
 # %% [markdown]
-# The sum, written down for layer 0 and compared with what the layer put out; then the same parts in every layer. A
-# `sliding` layer attends to the last 32 tokens only, a `full` one to all before.
+# The norm by hand, then the sum of layer 0, compared with what the layer put out; then the same parts in every layer.
 
 # %%
 from minimtp.layers import rms_norm
 
 
-def added(i):
+def parts(i):
     w, eps = params.layers[i], config.rms_norm_eps
     attention_TD = rms_norm(out.taps[f"layer.{i}.attn"], w.post_attention_layernorm, eps)
-    return attention_TD, rms_norm(out.taps[f"layer.{i}.mlp"], w.post_feedforward_layernorm, eps)
+    mlp_TD = rms_norm(out.taps[f"layer.{i}.mlp"], w.post_feedforward_layernorm, eps)
+    return out.taps[f"layer.{i}.in"], attention_TD, mlp_TD, out.taps[f"layer.{i}.out"]
 
 
-by_hand_TD = (out.taps["layer.0.in"] + sum(added(0))) * params.layers[0].layer_scalar
-print("in + attention + MLP, scaled, is out:", np.allclose(by_hand_TD, out.taps["layer.0.out"], rtol=1e-5, atol=1e-5))
-parts = [[out.taps[f"layer.{i}.in"], *added(i), out.taps[f"layer.{i}.out"]] for i in layers]
-lengths_PL = [[np.linalg.norm(part_TD[-1]) for part_TD in part] for part in zip(*parts)]
+vector = np.array([3.0, -4.0])
+by_hand = vector / np.sqrt((3.0**2 + 4.0**2) / 2)
+print("norm by hand:", by_hand.round(4), " equal to the package's:", np.allclose(by_hand, rms_norm(vector)))
+x_TD, attention_TD, mlp_TD, out_TD = parts(0)
+scaled_TD = (x_TD + attention_TD + mlp_TD) * params.layers[0].layer_scalar
+print("in + attention + MLP, scaled, is out:", np.allclose(scaled_TD, out_TD, rtol=1e-5, atol=1e-5))
+
+# %% [markdown]
+# How long these four vectors are at the last position. A `sliding` layer attends to the nearest tokens only, a `full`
+# one to all before.
 
 # %%
+lengths_LP = np.array([[np.linalg.norm(part_TD[-1]) for part_TD in parts(i)] for i in layers])
+print(f"a sliding layer attends to {config.sliding_window} tokens, its own included")
 looks = {"comes in": (GREY, ""), "attention adds": (SKY, "//"), "MLP adds": (ORANGE, ".."), "goes out": (TARGET, "")}
 fig, ax = plt.subplots()
-for n, (values, (name, (colour, hatch))) in enumerate(zip(lengths_PL, looks.items())):
+for n, (values, (name, (colour, hatch))) in enumerate(zip(lengths_LP.T, looks.items())):
     ax.bar(np.arange(5) + 0.2 * n - 0.3, values, 0.2, label=name, color=colour, hatch=hatch, edgecolor="white")
 names = [f"{i}: {config.layers[i].kind}\n× {float(params.layers[i].layer_scalar[0])}" for i in layers]
 ax.set_xticks(layers, names)
@@ -104,13 +114,15 @@ legend = ax.legend()
 
 # %% [markdown]
 # The residual grows from layer to layer. The lengths do not add up as plain numbers, because the parts point in
-# different directions.
+# different directions: in layer 0 they would give (14 + 15 + 19) × 0.625 = 30, and the sum has 19.
 #
 # ## The last vector becomes a law
 #
 # The last vector is normed and multiplied with every row of the embedding: one score for each token, a *logit*. Gemma
-# squashes them into (−30, 30). The softmax makes probabilities of them, and such a list is called a *law* here; `p`
-# is the target's. First by hand, for four tokens.
+# squashes them smoothly into (−30, 30) (*softcap*). This last step is the model's *head*. The softmax makes
+# probabilities of the logits, and such a list is called a *law* here; `p` is the law of the *target*, the model that
+# we ask (a second, smaller one will guess for it in later notebooks). In the package, `Sampling` says how logits become a
+# law. First by hand, for four tokens.
 
 # %%
 logits = [2.0, 0.5, -1.0, 0.5]
@@ -136,18 +148,16 @@ print(f"these ten have {p_V[best].sum():.0%} of the probability")
 # %% [markdown]
 # ## How the guess forms
 #
-# Nothing but habit keeps us from norming an earlier layer's vector and asking the head about it. This is called the
-# *logit lens*. The model was never trained to make sense there; it shows where the guess changes. On the last layer
-# it must give `p` itself.
+# Nothing keeps us from giving the head an earlier layer's vector. This is called the *logit lens*. The model was never
+# trained to make sense there, but it shows where the guess changes. On the last layer it must give `p` itself.
 
 # %%
-from minimtp.backend import matmul
 from minimtp.layers import softcap
 
 
 def lens(x_TD):
     normed_TD = rms_norm(x_TD, params.norm, config.rms_norm_eps)
-    logits_TV = softcap(matmul(normed_TD, params.lm_head), config.final_logit_softcapping)
+    logits_TV = softcap(normed_TD @ params.embed_tokens.T, config.final_logit_softcapping)
     return minimtp.Sampling().law(logits_TV[-1])
 
 
@@ -195,8 +205,8 @@ print("equal to minimtp.draw:", all(draw_by_hand(law, u) == minimtp.draw(law, u)
 
 # %% [markdown]
 # Now from `p`. Its steps are in the order of the ids, so the curve climbs slowly and jumps where a likely token sits.
-# *Greedy* means to take the most likely token whatever u is. That is temperature 0: a law with all probability on one
-# token.
+# *Greedy* means to take the most likely token whatever u is. That is *temperature* 0. The temperature divides the
+# logits before the softmax: below 1 the likely tokens gain, and in the limit 0 one token has all the probability.
 
 # %%
 chosen = {u: minimtp.draw(p_V, u) for u in (0.2, 0.5, 0.85)}
@@ -229,8 +239,9 @@ print("equal to minimtp.generate:", written == [token for step in steps for toke
 # ## Try
 #
 # - Change `prompt` (`"O, he is dead, my lord of Nor"`, or your name) and run all cells. Where does the guess settle?
-# - In the lens, look at another position: `logits_TV[-2]` in place of `logits_TV[-1]`.
-# - Give `minimtp.Sampling(temperature=0.5)` or `top_k=3` where `p_V` is made. Which u now give another token?
+# - In `lens`, look at another position: `logits_TV[-2]` in place of `logits_TV[-1]`. (Then the last row is not `p`.)
+# - Where `p_V` is made, give `minimtp.Sampling(temperature=0.5)`, or `top_k=3`, which keeps the three most likely
+#   tokens. Which u now give another token?
 #
 # The code: `minimtp/gemma4.py` (`embed`, `decoder_layer`, `forward`), `minimtp/layers.py` (`rms_norm`, `softcap`),
 # `minimtp/sampling.py` (`Sampling.law`, `draw`), `minimtp/generate.py` (`generate`).

@@ -19,13 +19,13 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import pictures
+from matplotlib.colors import ListedColormap
 
 from minimtp import gemma4, layers, memory, plan
 from minimtp.display import BLUE, GREY, MEMORY, ORANGE
 from minimtp.loading import load, published_config
 from minimtp.quant import Plain
 
-SLIDING, FULL = MEMORY["sliding KV"], MEMORY["full KV"]
 
 # %% [markdown]
 # ## Attention over a window, as a loop
@@ -76,10 +76,11 @@ print("layers.attend, against the loop: ", np.allclose(packaged_THK[:, 0], by_lo
 full_TT = np.tri(12, dtype=bool)
 sliding_TT = full_TT & ~np.tri(12, k=-4, dtype=bool)
 masks = {"full layer": full_TT, "sliding layer, window 4": sliding_TT, "two of these in a row": sliding_TT @ sliding_TT}
-figure, axes = plt.subplots(1, 3, figsize=(8, 3))
+figure, axes = plt.subplots(1, 3, figsize=(7, 2.7))
 for ax, (title, mask) in zip(axes, masks.items()):
-    ax.imshow(mask, cmap="Blues", vmax=1.4)
+    ax.imshow(mask, cmap=ListedColormap(["white", BLUE]))
     ax.set(title=f"{title}\n{mask.sum()} pairs (blue)", xlabel="key position", ylabel="query position")
+    ax.set(xticks=range(0, 12, 2), yticks=range(0, 12, 2))
 plt.show()
 
 # %% [markdown]
@@ -122,7 +123,7 @@ def attention_by_mask(index):
 
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
+figure, axes = plt.subplots(1, 2, figsize=(7, 3))
 for ax, index in zip(axes, (1, 2)):
     shares_HTT, output_TD = attention_by_mask(index)
     print(f"layer {index} equals the model's:", np.allclose(output_TD, out.taps[f"layer.{index}.attn"], atol=1e-4))
@@ -160,14 +161,15 @@ print("keys made of values are the cached keys, bit for bit:", np.array_equal(ma
 # its own. On the diagonal, a layer reads itself; off it, it borrows. `Layer.kv` is that number.
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
+figure, axes = plt.subplots(1, 3, figsize=(8, 2.6))
+SLIDING, FULL = MEMORY["sliding KV"], MEMORY["full KV"]
 for ax, size in zip(axes, ("31b", "e4b", "e2b")):
     for i, layer in enumerate(published_config(f"gemma-4-{size}")[1].layers):
         colour, mark = (SLIDING, "o") if layer.kind == "sliding" else (FULL, "s")
         ax.plot(i, layer.kv, mark, color=colour if layer.owns_kv else "white", mec=colour, ms=5 if mark == "s" else 4)
     ax.set(title=size.upper(), xlabel="layer that reads", ylabel="layer whose KV it reads")
 for mark, colour, label in (("o", SLIDING, "sliding"), ("s", FULL, "full")):
-    axes[0].plot([], [], mark, color=colour, label=f"{label} (hollow: borrowed)")
+    axes[0].plot([], [], mark, color=colour, label=f"{label}\n(hollow: borrowed)")
 axes[0].legend(frameon=False)
 plt.show()
 
@@ -192,19 +194,20 @@ def steps(name):
 
 
 # %%
-colours = {"none": GREY, "windows": SLIDING, "and borrowed KV": FULL, "and values only": FULL}
-figure, axes = plt.subplots(1, 5, figsize=(12, 3.6), sharey=True)
-for ax, size in zip(axes, ("31b", "26b-a4b", "12b", "e4b", "e2b")):
+figure, axes = plt.subplots(1, 4, figsize=(9, 3), sharey=True)
+for ax, size in zip(axes, ("31b", "12b", "e4b", "e2b")):
     contexts = np.geomspace(256, 131072, 40).astype(int)
-    for what, count in steps(f"gemma-4-{size}").items():
+    for (what, count), line, colour in zip(steps(f"gemma-4-{size}").items(), (":", "--", "-"), (GREY, SLIDING, FULL)):
         gib = [count(int(n)) / 2**30 for n in contexts]
-        ax.loglog(contexts, gib, color=colours[what], label=f"{what}: {gib[-1]:.2f}")
-    ax.set(title=size.upper(), xlabel="context, tokens", ylabel="cache, GiB in bf16", ylim=(2e-3, 4000))
+        ax.loglog(contexts, gib, line, color=colour, label=f"{what}: {gib[-1]:.2f}")
+    ax.set(title=size.upper(), xlabel="context, tokens", ylim=(2e-3, 8000))
     ax.legend(frameon=False, fontsize=8, title="devices: GiB at 131,072", title_fontsize=8, loc="upper left")
+axes[0].set_ylabel("cache, GiB in bf16")
 plt.show()
 
 # %% [markdown]
-# The lines bend where the windows are full: from there on only the full layers grow.
+# The lines bend where the windows are full: from there on only the full layers grow. (They also have fewer key/value
+# heads in the large sizes; that is in all lines.)
 #
 # ## Per-layer embeddings
 #
@@ -233,16 +236,12 @@ print("per_layer_inputs gives the same over √2:", np.allclose(packaged, looked
 ax = plt.figure(figsize=(8, 1.8)).gca()
 for row, size in enumerate(("e4b", "e2b")):
     _, config = published_config(f"gemma-4-{size}")
-    in_all, a_row = (
-        memory.parameters(gemma4.tensors(config))["total"] / 1e9,
-        len(config.layers) * config.per_layer_input,
-    )
-    table = config.vocab_size * a_row / 1e9
-    others = ax.barh(row, in_all - table, color=BLUE)
-    looked_up = ax.barh(row, table, left=in_all - table, color=ORANGE, hatch="//")
-    ax.text(in_all, row, f" a token reads {a_row:,} of {table:.2f} billion", va="center")
+    in_all, a_row = memory.parameters(gemma4.tensors(config))["total"], len(config.layers) * config.per_layer_input
+    table, others = config.vocab_size * a_row / 1e9, (in_all - config.vocab_size * a_row) / 1e9
+    bars = ax.barh(row, others, color=BLUE), ax.barh(row, table, left=others, color=ORANGE, hatch="//")
+    ax.text(in_all / 1e9, row, f" a token reads {a_row:,} of {table:.2f} billion", va="center")
 ax.set(yticks=(0, 1), yticklabels=("E4B", "E2B"), xlabel="parameters, billions", xlim=(0, 12))
-ax.legend((others, looked_up), ("all other weights", "per-layer table"), frameon=False, ncol=2, loc=(0, 1))
+ax.legend(bars, ("all other weights", "per-layer table"), frameon=False, ncol=2, loc=(0, 1))
 plt.show()
 
 # %% [markdown]
