@@ -63,12 +63,18 @@ print("equal to the package's:", np.array_equal(x_TD, target.embed(ids)))
 # ## Five layers, one running sum
 #
 # Each layer takes the vectors (the *residual*), and adds to them twice: first what *attention* makes, which looks at
-# the tokens before, then what an *MLP* makes (two matrix products with a bend between them), which looks at one
-# position alone. Gemma *norms* both before it adds them: a vector is divided by its root mean square, and each of its
-# numbers multiplied by a trained weight. The sum is multiplied by the layer's scale. `taps` names points of the pass
-# whose values are to be kept.
+# the tokens before, then what an *MLP* makes (matrix products with a nonlinear function between them), which looks
+# at one position alone. Gemma *norms* both before it adds them: a vector is divided by its root mean square, and each
+# of its numbers multiplied by a trained weight. The sum is multiplied by the layer's scale. `taps` names points of
+# the pass whose values are to be kept.
 
 # %%
+from minimtp.layers import rms_norm
+
+vector = np.array([3.0, -4.0])
+by_hand = vector / np.sqrt((3.0**2 + 4.0**2) / 2)
+print("norm by hand:", by_hand.round(4), " equal to the package's:", np.allclose(by_hand, rms_norm(vector)))
+
 layers = range(len(config.layers))
 taps = [f"layer.{i}.{part}" for i in layers for part in ("in", "attn", "mlp", "out")]
 out = target.forward(ids, target.new_cache(), taps=["embed", *taps, "final_norm"])
@@ -76,12 +82,11 @@ print("one pass kept", len(out.taps), "values, each", out.taps["layer.0.out"].sh
 print("logits:", out.logits_TV.shape, "= positions × vocabulary")
 
 # %% [markdown]
-# The norm by hand, then the sum of layer 0, compared with what the layer put out; then the same parts in every layer.
+# The sum of layer 0, compared with what the layer put out. Then, for every layer, how long the four vectors are at the
+# last position. A `sliding` layer attends to the nearest tokens only, a `full` one to all before.
+
 
 # %%
-from minimtp.layers import rms_norm
-
-
 def parts(i):
     w, eps = params.layers[i], config.rms_norm_eps
     attention_TD = rms_norm(out.taps[f"layer.{i}.attn"], w.post_attention_layernorm, eps)
@@ -89,20 +94,14 @@ def parts(i):
     return out.taps[f"layer.{i}.in"], attention_TD, mlp_TD, out.taps[f"layer.{i}.out"]
 
 
-vector = np.array([3.0, -4.0])
-by_hand = vector / np.sqrt((3.0**2 + 4.0**2) / 2)
-print("norm by hand:", by_hand.round(4), " equal to the package's:", np.allclose(by_hand, rms_norm(vector)))
 x_TD, attention_TD, mlp_TD, out_TD = parts(0)
 scaled_TD = (x_TD + attention_TD + mlp_TD) * params.layers[0].layer_scalar
 print("in + attention + MLP, scaled, is out:", np.allclose(scaled_TD, out_TD, rtol=1e-5, atol=1e-5))
 
-# %% [markdown]
-# How long these four vectors are at the last position. A `sliding` layer attends to the nearest tokens only, a `full`
-# one to all before.
-
-# %%
 lengths_LP = np.array([[np.linalg.norm(part_TD[-1]) for part_TD in parts(i)] for i in layers])
 print(f"a sliding layer attends to {config.sliding_window} tokens, its own included")
+
+# %%
 looks = {"comes in": (GREY, ""), "attention adds": (SKY, "//"), "MLP adds": (ORANGE, ".."), "goes out": (TARGET, "")}
 fig, ax = plt.subplots()
 for n, (values, (name, (colour, hatch))) in enumerate(zip(lengths_LP.T, looks.items())):
@@ -111,18 +110,20 @@ names = [f"{i}: {config.layers[i].kind}\n× {float(params.layers[i].layer_scalar
 ax.set_xticks(layers, names)
 ax.set(xlabel="layer, and its scale", ylabel="Euclidean norm", title=f"The last position, {piece(ids[-1])!r}")
 legend = ax.legend()
+naive, true = lengths_LP[0, :3].sum() * params.layers[0].layer_scalar[0], lengths_LP[0, 3]
+print(f"layer 0: the three lengths added and scaled {naive:.0f}, the sum's length {true:.0f}")
 
 # %% [markdown]
 # The residual grows from layer to layer. The lengths do not add up as plain numbers, because the parts point in
-# different directions: in layer 0 they would give (14 + 15 + 19) × 0.625 = 30, and the sum has 19.
+# different directions.
 #
 # ## The last vector becomes a law
 #
 # The last vector is normed and multiplied with every row of the embedding: one score for each token, a *logit*. Gemma
 # squashes them smoothly into (−30, 30) (*softcap*). This last step is the model's *head*. The softmax makes
 # probabilities of the logits, and such a list is called a *law* here; `p` is the law of the *target*, the model that
-# we ask (a second, smaller one will guess for it in later notebooks). In the package, `Sampling` says how logits become a
-# law. First by hand, for four tokens.
+# we ask (in later notebooks a second, smaller one guesses for it). In the package, `Sampling` says how logits become
+# a law. First by hand, for four tokens.
 
 # %%
 logits = [2.0, 0.5, -1.0, 0.5]
@@ -180,8 +181,7 @@ ticks = ax.set_xticks(range(6), [f"{n + 1}." for n in range(6)])
 # %% [markdown]
 # The embedding can only repeat the token it stands for: `▁you` again. Layers 1 and 2 take it for the beginning of a
 # word (`▁you` + `ng`). After layer 3 it is a pronoun with a verb behind it, and the law is spread over many.
-
-# %% [markdown]
+#
 # ## The law becomes a token
 #
 # To draw from a law, lay the probabilities end to end on the line from 0 to 1, and see into which piece a *uniform*
@@ -239,9 +239,11 @@ print("equal to minimtp.generate:", written == [token for step in steps for toke
 # ## Try
 #
 # - Change `prompt` (`"O, he is dead, my lord of Nor"`, or your name) and run all cells. Where does the guess settle?
-# - In `lens`, look at another position: `logits_TV[-2]` in place of `logits_TV[-1]`. (Then the last row is not `p`.)
+# - In `lens`, look at another position: `logits_TV[-2]` in place of `logits_TV[-1]`.
 # - Where `p_V` is made, give `minimtp.Sampling(temperature=0.5)`, or `top_k=3`, which keeps the three most likely
 #   tokens. Which u now give another token?
+#
+# After the last two the lens and `p` are no longer about the same law, and the check between them says False.
 #
 # The code: `minimtp/gemma4.py` (`embed`, `decoder_layer`, `forward`), `minimtp/layers.py` (`rms_norm`, `softcap`),
 # `minimtp/sampling.py` (`Sampling.law`, `draw`), `minimtp/generate.py` (`generate`).

@@ -27,36 +27,51 @@ folder = tempfile.TemporaryDirectory()
 here = Path(folder.name)
 
 # %% [markdown]
+# ## Two codes in a byte
+#
+# A code is an integer from −8 to 7. It is stored as n = code + 8, which is never negative: 4 bits, half a byte (a
+# *nibble*). The weight is code · step.
+
+# %%
+codes, step = [-3, 7], 0.5
+n_low, n_high = [code + 8 for code in codes]
+byte = n_high * 16 + n_low
+print(f"n = {n_low} and {n_high}: one byte, {byte:08b} in binary, {byte:02x} in hexadecimal")
+n_again = [byte & 15, byte >> 4]  # the low four bits, the high four
+print("weights:", [(n - 8) * step for n in n_again])
+
+# %% [markdown]
 # ## A block of Q4_0
 #
 # The bundled Gemma is stored as int4. `convert` writes it as a GGUF file, the format of llama.cpp, in the type Q4_0:
 # 32 weights of a row are a *block* of 18 bytes. The first two are the step d, a float16; each of the other 16 holds
-# two codes of 4 bits (*nibbles*), stored as n = code + 8.
+# two n: that of one of the first 16 weights in its low half, that of one of the last 16 in its high half.
 
 # %%
 report = convert("tiny-gemma4", here / "tiny.gguf", "q4_0")
-gguf = minimtp.load(here / "tiny.gguf", keep="packed").params.layers[0].q_proj
+model = minimtp.load(here / "tiny.gguf", keep="packed")  # packed: the bytes as stored
+gguf = model.params.layers[0].q_proj
 block_B = gguf.data[0, :18]
 print(gguf, "\nfirst block:", block_B.tobytes().hex(" "))
 
 # %%
-fig, ax = plt.subplots(figsize=(9, 1.6))
+fig, ax = plt.subplots(figsize=(10, 1.6))
 pictures.boxes(ax, [f"{byte:02x}" for byte in block_B], [ORANGE] * 2 + [GREY] * 16, bottom=1.3, width=2)
 pictures.boxes(ax, [f"d = {block_B[:2].view('<f2')[0]:.5f}"], [ORANGE], width=4, size=8)
-nibbles = [f"{n}\nw{at}" for j, byte in enumerate(block_B[2:]) for n, at in ((byte >> 4, j + 16), (byte & 15, j))]
+nibbles = []
+for j, byte in enumerate(block_B[2:]):
+    nibbles += [f"{byte >> 4}\nw{j + 16}", f"{byte & 15}\nw{j}"]
 pictures.boxes(ax, nibbles, [SKY, YELLOW] * 16, left=4, size=7)
-title = (
-    "Above: 18 bytes (hex). Below: the step d, then n and its weight; high nibbles (w16 … w31) blue, low ones yellow"
-)
+title = "Above: 18 bytes (hex). Below: the step d, then n and its weight; high halves (w16 … w31) blue, low ones yellow"
 ax.set_title(title, loc="left", fontsize=8)
 print("18 bytes for 32 weights:", 18 * 8 / 32, "bits a weight")
 
 # %% [markdown]
 # ## A word of compressed-tensors
 #
-# The bundled file itself is in the format compressed-tensors: an int32 holds eight codes, neighbours side by side,
-# the first in the lowest bits. The scales are a tensor of their own. The picture shows the same eight weights as
-# above: the same n in another order.
+# The bundled file itself is in the format compressed-tensors: an int32 (a *word* here) holds eight n, neighbours side
+# by side, the first in the lowest bits. The scales are a tensor of their own. The picture shows the weights w0 … w7
+# from above: the same n in another order.
 
 # %%
 from minimtp.checkpoint import open_checkpoint
@@ -65,18 +80,18 @@ from minimtp.loading import bundled
 name = "model.language_model.layers.0.self_attn.q_proj.weight"
 tensors = open_checkpoint(bundled("tiny-gemma4")).tensors
 words_OW, scales_OG = tensors[f"{name}_packed"].stored(), tensors[f"{name}_scale"].to("float32")
-word = int(words_OW[0, 0]) & 0xFFFFFFFF
-codes = [word >> 4 * i & 15 for i in range(8)]
+word = int(words_OW[0, 0]) & 0xFFFFFFFF  # as an unsigned number
+n_8 = [(word >> 4 * i) & 15 for i in range(8)]
 print(f"first word: {word:08x}, first scale: {scales_OG[0, 0]:.5f}")
 print("words:", words_OW.shape, " scales:", scales_OG.shape, " for", 8 * words_OW.shape[1], "weights a row")
 
 # %%
 fig, ax = plt.subplots(figsize=(8, 1.6))
-pictures.boxes(ax, [f"byte {i}: {word >> 8 * i & 255:02x}" for i in range(4)], [GREY] * 4, bottom=1.3, width=2)
-at = [i + 1 - 2 * (i % 2) for i in range(8)]  # in a byte the high nibble is written first
-pictures.boxes(ax, [f"{codes[i]:04b} = {codes[i]}\nw{i}" for i in at], [SKY, YELLOW] * 4)
-ax.set_title("Above: the four bytes of a word. Below: n and its weight, high nibbles blue, low ones yellow", fontsize=9)
-print("n of w0 … w7 here:", codes, " in the Q4_0 block:", [int(byte & 15) for byte in block_B[2:10]])
+pictures.boxes(ax, [f"byte {i}: {(word >> 8 * i) & 255:02x}" for i in range(4)], [GREY] * 4, bottom=1.3, width=2)
+order = [1, 0, 3, 2, 5, 4, 7, 6]  # the high half of a byte is written first
+pictures.boxes(ax, [f"{n_8[i]:04b} = {n_8[i]}\nw{i}" for i in order], [SKY, YELLOW] * 4)
+ax.set_title("Above: the four bytes of a word. Below: n and its weight, high halves blue, low ones yellow", fontsize=9)
+print("n of w0 … w7 here:", n_8, " in the Q4_0 block:", [int(byte & 15) for byte in block_B[2:10]])
 
 # %% [markdown]
 # ## Unpacking
@@ -102,7 +117,7 @@ at_once = (n_32.astype(np.int8) - 8) * np.float32(block_B[:2].view("<f2")[0])
 print("loop = vector:", np.array_equal(by_hand, at_once))
 print("vector = package:", np.array_equal(at_once, gguf.rows(0, 1, "float32")[0, :32]))
 shifts_8 = np.arange(0, 32, 4, dtype=np.uint32)
-n_OI = (words_OW.view(np.uint32)[..., None] >> shifts_8 & 15).reshape(len(words_OW), -1)
+n_OI = ((words_OW.view(np.uint32)[..., None] >> shifts_8) & 15).reshape(len(words_OW), -1)
 w_OI = (n_OI.astype(np.int8) - 8) * np.repeat(scales_OG, 32, axis=1)
 print("all words of compressed-tensors = package's Q4_0:", np.array_equal(w_OI, gguf.dequantize("float32")))
 
@@ -110,8 +125,8 @@ print("all words of compressed-tensors = package's Q4_0:", np.array_equal(w_OI, 
 # ## One object, three files
 #
 # The third file holds the same model in bf16, a float of 16 bits. It keeps no codes: each product code · scale is
-# rounded to bf16. Yet the package finds the codes again (`lattice.find`), because 32 weights that are all multiples
-# of one step give it away.
+# rounded to bf16. Yet the package finds the codes again (`lattice.find`), because 32 weights that are all whole
+# multiples of one step give it away. Such a group is said to lie on a *lattice*.
 
 # %%
 from minimtp.lattice import ON, find
@@ -122,8 +137,8 @@ plain = minimtp.load(here / "bf16", keep="packed").params.layers[0].q_proj
 found, as_int4 = find(plain.stored), gguf.as_quantized()
 print("Q4_0 as Quantized: codes equal", np.array_equal(packed.codes(), as_int4.codes()), end=", ")
 print("scales equal", np.array_equal(packed.scales.dequantize("f4"), as_int4.scales.dequantize("f4")))
-same_OG = (found.levels_OI == packed.codes()).reshape(len(packed.packed), -1, 32).all(2)
-print(f"bf16: {(found.status_OG == ON).mean():.0%} of groups on a lattice, codes equal in {same_OG.mean():.1%} of them")
+print(f"bf16: {(found.status_OG == ON).mean():.1%} of the groups on a lattice", end=", ")
+print("codes equal", np.array_equal(found.levels_OI, packed.codes()))
 
 # %% [markdown]
 # In this matrix every code is found again, and yet the bf16 weights themselves are a little off. What the three
@@ -142,8 +157,8 @@ folder.cleanup()
 # ## Rounding a float matrix
 #
 # Where do codes come from? `quant.pack` takes, in each group of 32, the largest magnitude / 7.5 as the scale, and
-# rounds every weight to the nearest of the 16 levels −8 … 7. Below is the same matrix of the float model, in units of
-# its own scales: all that falls between two lines is rounded to the nearer level.
+# rounds every weight to the nearest of the 16 levels −8 … 7. Below is the same matrix of the model before it was
+# trained for 4 bits (a float model), in units of its own scales: every weight is rounded to the nearest line.
 
 # %%
 from minimtp.quant import pack
@@ -153,9 +168,8 @@ rounded = pack(float_OI)
 in_steps_OI = float_OI / np.repeat(rounded.scales.dequantize("f4"), 32, axis=1)
 fig, ax = plt.subplots()
 ax.hist(in_steps_OI.ravel(), 160, color=BLUE, label="float weights")
-for level in range(-8, 8):
-    ax.axvline(level, color=VERMILLION, lw=0.8, ls="--", label="the 16 levels" if level == -8 else None)
-ax.set(xlabel="weight / scale of its group (steps)", ylabel="weights", xticks=range(-8, 8))
+ax.vlines(range(-8, 8), 0, 600, color=VERMILLION, lw=0.8, ls="--", label="the 16 levels")
+ax.set(xlabel="weight / scale of its group (steps)", ylabel="number of weights", xticks=range(-8, 8))
 legend = ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 # %% [markdown]
@@ -164,13 +178,14 @@ legend = ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 #
 # Half of a step is the most that rounding can move a weight (apart from a scale that bf16 rounds itself, and the top,
 # which is cut to 7). So the error of a group follows its scale, that is its largest weight: in the map, whole groups
-# of 32 are light or dark.
+# of 32 (between two white lines) are light or dark.
 
 # %%
 error_OI = np.abs(rounded.dequantize("float32") - float_OI)
 fig, ax = plt.subplots(figsize=(8, 3.2))
 image = ax.imshow(error_OI[:48, :192], aspect="auto", cmap="cividis", interpolation="nearest")
-fig.colorbar(image, label="|rounded − float|")
+fig.colorbar(image, label="|rounded − float weight|")
+ax.vlines(np.arange(32, 192, 32) - 0.5, -0.5, 47.5, color="white", lw=0.8)
 ax.set(xlabel="input feature (a group is 32 of them)", ylabel="output feature")
 ticks = ax.set_xticks(range(0, 193, 32))
 
@@ -196,16 +211,16 @@ fig, ax = plt.subplots()
 ax.plot(bits, errors, "o-", color=BLUE)
 for g, x, y in zip(groups, bits, errors):
     ax.annotate(f"{g}" + " (a whole row)" * (g == 256), (x, y), (6, 4), textcoords="offset points")
-ax.set(xlabel="bits a weight, scales included", ylabel="relative error", ylim=(0, 0.13))
+ax.set(xlabel="bits a weight, scales included", ylabel="relative error of the matrix", ylim=(0, 0.13))
 ax.set_title("The number is the group size")
 print({g: round(float(error), 3) for g, error in zip(groups, errors)})
 
 # %% [markdown]
 # ## Try
 #
-# - Take another matrix: `down_proj` of layer 4 has rows of 320; groups must divide them.
-# - Overwrite one weight of `float_OI` with 1.0 and draw the error map again. How far does an outlier reach?
-# - One scale a row is how Google's mobile files store int4 (`minimtp/mobile.py`). What does it cost here?
+# - Round another matrix: `float_OI` of `down_proj` of layer 4 has rows of 320, so take groups of 8, 16, 32, 64, 320.
+# - Write `float_OI[3, 40] = 1.0` before `pack` and run on to the error map. How far does an outlier reach?
+# - One scale a row is how Google's mobile files store int4 (`minimtp/mobile.py`). Read its cost off the last figure.
 #
 # The code: `minimtp/quant.py` (`Quantized`, `pack`), `minimtp/ggml.py` (`TYPES`, `Blocks`, `quantize`),
 # `minimtp/formats.py` (`read_pack_quantized`), `minimtp/lattice.py` (`find`). Every layout byte by byte:

@@ -26,7 +26,6 @@ from minimtp.display import BLUE, GREY, MEMORY, ORANGE
 from minimtp.loading import load, published_config
 from minimtp.quant import Plain
 
-
 # %% [markdown]
 # ## Attention over a window, as a loop
 #
@@ -78,7 +77,7 @@ sliding_TT = full_TT & ~np.tri(12, k=-4, dtype=bool)
 masks = {"full layer": full_TT, "sliding layer, window 4": sliding_TT, "two of these in a row": sliding_TT @ sliding_TT}
 figure, axes = plt.subplots(1, 3, figsize=(7, 2.7))
 for ax, (title, mask) in zip(axes, masks.items()):
-    ax.imshow(mask, cmap=ListedColormap(["white", BLUE]))
+    ax.imshow(mask, cmap=ListedColormap(["white", BLUE]), interpolation="nearest")
     ax.set(title=f"{title}\n{mask.sum()} pairs (blue)", xlabel="key position", ylabel="query position")
     ax.set(xticks=range(0, 12, 2), yticks=range(0, 12, 2))
 plt.show()
@@ -123,11 +122,11 @@ def attention_by_mask(index):
 
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(7, 3))
+figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.8))
 for ax, index in zip(axes, (1, 2)):
     shares_HTT, output_TD = attention_by_mask(index)
     print(f"layer {index} equals the model's:", np.allclose(output_TD, out.taps[f"layer.{index}.attn"], atol=1e-4))
-    image = ax.imshow(np.where(shares_HTT.max(0) > 0, shares_HTT.mean(0), np.nan), vmin=0, vmax=0.2)
+    image = ax.imshow(np.where(shares_HTT.max(0) > 0, shares_HTT.mean(0), np.nan), vmax=0.2, interpolation="nearest")
     kind = target.config.layers[index].kind
     ax.set(title=f"layer {index}, {kind}", xlabel="key position, token", ylabel="query position, token")
 figure.colorbar(image, ax=axes, label="share, mean of the heads\n(0.2 and above: yellow)")
@@ -153,7 +152,7 @@ print("layer 2 has one:                ", hasattr(w, "v_proj"))
 print("keys made of values are the cached keys, bit for bit:", np.array_equal(made_GSK, k_GSK))
 
 # %% [markdown]
-# A cache may then hold values alone, half the bytes (`minimtp.load(…, kv="float32-v")`; most engines keep both).
+# A cache may then hold values alone, half the bytes (`minimtp.load(…, kv="float32-v")`).
 #
 # ## Whose keys and values does a layer read?
 #
@@ -161,16 +160,15 @@ print("keys made of values are the cached keys, bit for bit:", np.array_equal(ma
 # its own. On the diagonal, a layer reads itself; off it, it borrows. `Layer.kv` is that number.
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(8, 2.6))
 SLIDING, FULL = MEMORY["sliding KV"], MEMORY["full KV"]
+names = {0: "sliding", 5: "full", 24: "sliding, borrowed", 29: "full, borrowed"}  # E4B's layers to name the marks by
+figure, axes = plt.subplots(1, 3, figsize=(8, 2.8))
 for ax, size in zip(axes, ("31b", "e4b", "e2b")):
     for i, layer in enumerate(published_config(f"gemma-4-{size}")[1].layers):
-        colour, mark = (SLIDING, "o") if layer.kind == "sliding" else (FULL, "s")
-        ax.plot(i, layer.kv, mark, color=colour if layer.owns_kv else "white", mec=colour, ms=5 if mark == "s" else 4)
+        mark, colour = ("o", SLIDING) if layer.kind == "sliding" else ("s", FULL)
+        ax.plot(i, layer.kv, mark, mec=colour, color=colour if layer.owns_kv else "white", ms=5, label=names.get(i))
     ax.set(title=size.upper(), xlabel="layer that reads", ylabel="layer whose KV it reads")
-for mark, colour, label in (("o", SLIDING, "sliding"), ("s", FULL, "full")):
-    axes[0].plot([], [], mark, color=colour, label=f"{label}\n(hollow: borrowed)")
-axes[0].legend(frameon=False)
+axes[1].legend(frameon=False, loc="lower right")
 plt.show()
 
 # %% [markdown]
@@ -194,8 +192,8 @@ def steps(name):
 
 
 # %%
-figure, axes = plt.subplots(1, 4, figsize=(9, 3), sharey=True)
-for ax, size in zip(axes, ("31b", "12b", "e4b", "e2b")):
+figure, axes = plt.subplots(1, 3, figsize=(8, 3), sharey=True)
+for ax, size in zip(axes, ("31b", "e4b", "e2b")):
     contexts = np.geomspace(256, 131072, 40).astype(int)
     for (what, count), line, colour in zip(steps(f"gemma-4-{size}").items(), (":", "--", "-"), (GREY, SLIDING, FULL)):
         gib = [count(int(n)) / 2**30 for n in contexts]

@@ -16,12 +16,15 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pictures
-from IPython.display import HTML
 
 import minimtp
 from minimtp.display import DRAFTER, FATES, GREY, TARGET
 from minimtp.expected import read
 from minimtp.generate import GREEDY
+
+target = minimtp.load("tiny-gemma4")
+drafter = minimtp.load_drafter("auto", target)
+tokenizer = target.tokenizer
 
 # %% [markdown]
 # ## Two drafters, wired side by side
@@ -48,6 +51,7 @@ figure, axes = plt.subplots(1, 2, figsize=(11, 3))
 for ax, (title, (boxes, last)) in zip(axes, to_head.items()):
     forward = "token embed, embed join, hidden join, join layers, kv layers, layers out, head draft, " + last
     pictures.wiring(ax, boxes, forward, back="out hidden")
+    ax.text(2.3, -0.85, "the next step of the same draft", ha="center", fontsize=8)
     ax.set(title=title, xlim=(-0.5, 5.4), ylim=(-1, 2.8))
 plt.show()
 
@@ -58,9 +62,6 @@ plt.show()
 # that token and a hidden state, and gives logits and the next hidden state.
 
 # %%
-target = minimtp.load("tiny-gemma4")
-drafter = minimtp.load_drafter("auto", target)
-tokenizer = target.tokenizer
 cache = target.new_cache()
 out = target.forward(tokenizer.encode("ROMEO:\nI am"), cache)
 newest = int(out.logits_TV[-1].argmax())
@@ -91,16 +92,15 @@ for guess, own in zip(draft.tokens, verified):
 # another token, the KV cache that of another text. How often is the first draft token still the target's own choice?
 
 # %%
-play = (minimtp.loading.bundled("heldout.txt")).read_text()
+play = minimtp.loading.bundled("heldout.txt").read_text()
 ids, other = tokenizer.encode(play)[:121], tokenizer.encode(play)[2000:2120]
 cache, elsewhere, hits = target.new_cache(), target.new_cache(), np.zeros(4)
-for n in range(120):
+for n, token in enumerate(ids[1:]):
     hidden_D = target.forward([ids[n]], cache).hidden_TD[-1]
     target.forward([other[n]], elsewhere)
-    given = (ids[n + 1], hidden_D, cache), (ids[n + 1], 0 * hidden_D, cache)
-    given += (other[n], hidden_D, cache), (ids[n + 1], hidden_D, elsewhere)
-    firsts = [drafter.forward(*three)[0].argmax() for three in given]
-    hits += firsts == target.forward([ids[n + 1]], cache).logits_TV[-1].argmax()
+    kinds = (token, hidden_D, cache), (token, 0 * hidden_D, cache), (other[n], hidden_D, cache)
+    firsts = [drafter.forward(*three)[0].argmax() for three in (*kinds, (token, hidden_D, elsewhere))]
+    hits += firsts == target.forward([token], cache).logits_TV[-1].argmax()
     cache.rollback(1)
 
 # %%
@@ -109,25 +109,25 @@ figure, ax = plt.subplots(figsize=(7, 2))
 bars = ax.barh(names, hits / 120, color=[DRAFTER, GREY, GREY, GREY])
 ax.bar_label(bars, [f"{hit:.0%}" for hit in hits / 120], padding=3)
 ax.invert_yaxis()
-ax.set(xlabel="first draft token is the target's choice, share of 120 places", xlim=(0, 1))
+ax.set(xlabel="share of 120 first draft tokens that are the target's choice", ylabel="given", xlim=(0, 1))
 plt.show()
 
 # %% [markdown]
 # ## How deep do the guesses hold?
 #
-# Drafts of four are made after five prompts with each drafter, greedily (always the likeliest token), and by drawing
+# Drafts of four are made after four prompts with each drafter, greedily (always the likeliest token), and by drawing
 # at temperature 1. *Accepted* draft tokens are those that stand. Each point is the share of draft tokens accepted,
 # among those whose predecessors all were.
 
 # %%
-scenes = play.split("\n\n")[:5]
+scenes = play.split("\n\n")[:4]
 
 
 def accepted_by_depth(name, temperature, marker, colour):
     target = minimtp.load(name)
     drafter, sampling = minimtp.load_drafter("auto", target), minimtp.Sampling(temperature=temperature)
     prompts = [target.tokenizer.encode(scene)[:32] for scene in scenes]
-    runs = [minimtp.generate(target, prompt, drafter, sampling=sampling, max_new_tokens=48) for prompt in prompts]
+    runs = [minimtp.generate(target, prompt, drafter, sampling=sampling, max_new_tokens=40) for prompt in prompts]
     accepted = np.array([step.accepted for run in runs for step in run if step.drafted == 4])
     share = [(accepted > j).sum() / (accepted >= j).sum() for j in range(4)]
     style = "-" if temperature == 0 else "--"
@@ -150,7 +150,9 @@ plt.show()
 # ## Does the drafter know when it knows?
 #
 # Call q(d) the probability that the drafter gives its own draft token d, and p(d) the one that the target gives it.
-# On the diagonal the drafter is as sure as it should be; below it, it is too sure.
+# Points on the diagonal agree; below it the drafter is surer than the target. This one is much surer: it was trained
+# half on the target's law and half on the target's favourite alone. Here a draft token is accepted if it *is* that
+# favourite.
 
 # %%
 points, law = [], minimtp.Sampling(temperature=1.0).law
@@ -170,35 +172,18 @@ ax.plot([0, 1], [0, 1], color=GREY, linewidth=1)
 ax.set(xlabel="q(d): what the drafter gives its draft token", ylabel="p(d): what the target gives it")
 ax.legend(loc="upper left", frameon=False)
 plt.show()
-print(
-    f"mean q(d) {q.mean():.2f}, mean p(d) {p.mean():.2f}; of those with q(d) above one half, "
-    f"{stands[q > 0.5].mean():.0%} accepted"
-)
+print(f"means: q(d) {q.mean():.2f}, p(d) {p.mean():.2f}; accepted where q(d) > 0.5: {stands[q > 0.5].mean():.0%}")
 
 # %% [markdown]
 # ## Where on the text?
 #
-# A run at temperature 1. Every token says by mark and colour what became of it: **+** accepted, **x** rejected, **.**
-# drafted after a rejected one and so not looked at. Then follows the target's own token: **&gt;** the correction of a
-# rejected one, or **\*** a bonus after four accepted ones.
-
-# %%
-fate_html = '<span style="color:{}" title="{}"><sup>{}</sup>{}</span>'
-
-
-def told(step):
-    """A step's tokens and their fates."""
-    stood = step.accepted
-    rest = ["rejected", *["unread"] * 4][: step.drafted - stood]
-    fates = ["accepted"] * stood + rest + ["correction" if rest else "bonus"]
-    words = [tokenizer.decode([token]) for token in (*step.draft.tokens, step.tokens[-1])]
-    return "".join(fate_html.format(FATES[f].colour, f, FATES[f].mark, w) for f, w in zip(fates, words))
-
+# A run at temperature 1. Every token says by mark and colour what became of it, in the order in which it was drafted.
+# Rejected tokens and those behind them (drafted in vain, and not looked at) are no part of the text. Point at a token
+# to see why it fell or stood.
 
 # %%
 prompt, warm = tokenizer.encode("JULIET:\nO Romeo,"), minimtp.Sampling(temperature=1.0)
-steps = list(minimtp.generate(target, prompt, drafter, sampling=warm, max_new_tokens=100, seed=1))
-HTML(f'<div style="white-space:pre-wrap; line-height:1.8">{"".join(map(told, steps))}</div>')
+minimtp.watch(target, prompt, drafter, sampling=warm, max_new_tokens=60, seed=1)
 
 # %% [markdown]
 # ## A drafter without weights

@@ -33,7 +33,8 @@ from minimtp.loading import bundled, published_config
 # matrix; then the whole model at several widths. A card's "24 GB" are 24 GiB, and 1 GiB is 2³⁰ bytes.
 
 # %%
-rows, columns, count = 3, 64, 0
+rows, columns = 3, 64
+count = 0
 for _ in range(rows * columns // 32):  # blocks of 32 weights in a row
     count += 32 * 4 // 8 + 2  # codes, and the scale
 print(f"a matrix of {rows} x {columns}: {count} bytes, {8 * count / (rows * columns)} bits a weight")
@@ -44,11 +45,14 @@ total = memory.parameters(family.tensors(config))["total"]
 print(f"{total:,} weights:", ", ".join(f"{bits} bits {total * bits / 8 / 2**30:.1f} GiB" for bits in (16, 8, 4.5, 4)))
 
 # %% [markdown]
-# Files keep some tensors wider than others: the embedding of the published Q4_0 file has about 6.6 bits a weight
-# (type Q6_K), norms are floats. So the same model has a size for each way to store it. The dashed line is the card.
-# bf16, the training format, is more than twice too large, and 8 bits do not fit either.
+# Files keep some tensors wider than others: the embedding of the published Q4_0 file is of type Q6_K, norms are
+# floats. So the same model has a size for each way to store it. bf16 has 16 bits for every weight; q8_0 is as Q4_0
+# with 8-bit codes; w4a16-ct has int4 matrices and a bf16 embedding; in int4-int8-embed that is 8 bits. The dashed line
+# is the card. bf16 is more than twice too large, and 8 bits do not fit either.
 
 # %%
+size, weights, _ = memory.TYPES["Q6_K"]
+print(f"Q6_K: {8 * size / weights:.2f} bits a weight")
 names = ("bf16", "q8_0", "w4a16-ct", "int4-int8-embed", "q4_0")
 sizes = [memory.stored_bytes(family.tensors(config), name) / 2**30 for name in names]
 plt.barh(names, sizes, color=MEMORY["weights"])
@@ -61,9 +65,10 @@ plt.show()
 
 # %% [markdown]
 # ## What the text itself takes
-# For every token read, each attention layer keeps a key and a value, the **KV**. Most layers of Gemma 4 are
-# *sliding*: they look back over a window of 1,024 tokens and forget what is older. A few are *full* and keep
-# everything. By a loop over the layers, in bf16, which is 2 bytes a number:
+# A layer looks back at the tokens read so far, its **context**. It does so in several **heads**, and for each head and
+# token it keeps two vectors, a **key** (where to look) and a **value** (what is found there): the **KV**. Most layers
+# of Gemma 4 are *sliding*: they look back over a window of so many tokens and forget what is older. A few are *full*
+# and keep everything. By a loop over the layers, in bf16, which is 2 bytes a number:
 
 # %%
 context, slack = 40_960, 16  # slack: slots beyond the window, for draft tokens that may be un-read
@@ -74,19 +79,20 @@ for layer in config.layers:
 for kind, size in kept.items():
     count = sum(layer.kind == kind for layer in config.layers)
     print(f"{count} {kind} layers: {size / 2**30:.2f} GiB at {context:,} tokens, {size / count / 2**20:.0f} MiB each")
+print(f"window of a sliding layer: {config.sliding_window:,} tokens")
 
 # %% [markdown]
 # ## The plan
 # `minimtp show --config gemma-4-31b --kv bf16 --context 40960 --memory 24GiB` adds up all of it: weights, the
-# drafter, KV, and **scratch**, what a pass needs while it runs. 600 MiB are left to the driver. The same plan from
-# Python:
+# **drafter** (a small model that guesses tokens ahead), KV, and **scratch**, what a run over some tokens needs
+# meanwhile. 600 MiB are left to the card's driver. The same plan from Python:
 
 
 # %%
-def plan_for(name, format="q4_0", kv="bf16", context=40_960, gib=24):
+def plan_for(name, format="q4_0", kv="bf16", context=40_960, gib=24, draft=None):
     """The memory plan of a published configuration with its drafter, as the command `show` makes it."""
     options = {"config": name, "format": format, "kv": kv, "context": context, "memory": f"{gib}GiB"}
-    options |= {"device": None, "draft": None, "scratch": None}
+    options |= {"device": None, "draft": draft, "scratch": None}
     family, config = published_config(name)
     return cli_show.plan_of(SimpleNamespace(**options), name, None, family, config)
 
@@ -119,8 +125,8 @@ assert plan.at(plan.max_context).fits and not plan.at(plan.max_context + 1).fits
 # %% [markdown]
 # ## Smaller keys and values
 # `int8` keeps a key or a value of one head as 8-bit codes and one 16-bit scale: about half of bf16. A storage with
-# `-v` keeps **values only**, in layers where keys can be made of them. Both together keep all that this model takes
-# on the card.
+# `-v` keeps **values only**, in layers where keys can be made of them: here the full ones. With both, the longest
+# context that this model takes fits on the card.
 
 # %%
 storages = ("bf16", "bf16-v", "int8", "int8-v")
@@ -129,16 +135,17 @@ plt.barh(list(longest), list(longest.values()), color=MEMORY["full KV"])
 for row, tokens in enumerate(longest.values()):
     plt.annotate(f" {tokens:,}", (tokens, row), va="center")
 plt.axvline(config.max_position_embeddings, color="black", linestyle="--", label="all that the model takes")
-plt.gca().set(xlabel="longest context (tokens)", ylabel="KV storage", xlim=(0, 330_000))
-plt.title("gemma-4-31b in Q4_0 on 24 GiB"), plt.legend(frameon=False)
+plt.gca().set(xlabel="longest context (tokens)", ylabel="KV storage", xlim=(0, 330_000), ylim=(3.5, -0.5))
+plt.gca().xaxis.set_major_formatter("{x:,.0f}")
+plt.title("gemma-4-31b in Q4_0 on 24 GiB"), plt.legend(frameon=False, loc="upper right")
 plt.show()
 
 # %% [markdown]
 # ## Keys made of values
-# How can a key be made of a value? In these layers one matrix makes both. The **value** is its output, normed. The
-# **key** is the same normed output, times a weight for each number, then rotated by an angle that grows with the
-# position. So key = rotate(weight · value). One head of four numbers at position 5, by a loop over its pairs, then by
-# the package's two functions:
+# How can a key be made of a value? In these layers one matrix makes both. The **value** is its output, normed (divided
+# by its root mean square). The **key** is the same normed output, times a weight for each number, then rotated, pair by
+# pair, by angles that grow with the position. So key = rotate(weight · value). One head of four numbers at position
+# 5, by a loop over its pairs, then by the package's two functions:
 
 # %%
 projected_K, weight_K = np.float32([3, -1, 2, 0.5]), np.float32([1, 2, 0.5, 1.5])
@@ -154,8 +161,8 @@ assert np.allclose(key_K, made_K, atol=1e-6)
 
 # %% [markdown]
 # The same on the bundled Gemma, whose full layers share one matrix too. It reads 400 tokens with each storage.
-# `float32-v` rebuilds every key to the last bit; its logits are within 0.0001, not equal, since sums over the context
-# run in blocks.
+# `float32-v` rebuilds every key to the last bit; its **logits**, the model's scores of every possible next token, are
+# within 0.0001. (Not equal: with `-v` sums over the context run in blocks.)
 
 
 # %%
@@ -173,13 +180,13 @@ apart = abs(runs["float32-v"][1] - runs["float32"][1]).max()
 print(f"{k_GSK.shape[1]} keys rebuilt, equal to the bit: {same}; logits within 0.0001: {apart < 1e-4}")
 
 # %% [markdown]
-# And what narrower storages change: bytes held by the two full layers, and the difference of the logits to those with
-# float32, as a share of the logits (root mean square). Values only halves the bytes again, and keys made of *rounded*
-# values cost nearly nothing more.
+# And what narrower storages change: bytes held by the two full layers, and how far the logits are from those with
+# float32, as a share of the logits (root mean squares of both). Values only halves the bytes again, and keys made of
+# *rounded* values cost nearly nothing more.
 
 # %%
 true_TV = runs["float32"][1]
-held = [sum(runs[kv][0].layers[i].nbytes for i in (2, 4)) / 400 for kv in runs]
+held = [sum(runs[kv][0].layers[i].nbytes for i in (2, 4)) / 400 for kv in runs]  # 2 and 4 are the full layers
 error = [100 * (((logits_TV - true_TV) ** 2).mean() / (true_TV**2).mean()) ** 0.5 for _, logits_TV in runs.values()]
 figure, panels = plt.subplots(1, 2, figsize=(8, 2.4), sharey=True)
 for axes, numbers, form in zip(panels, (held, error), (" {:.0f}", " {:.2f}")):
@@ -191,9 +198,9 @@ plt.show()
 
 # %% [markdown]
 # ## Other cards, other models
-# The longest context, in thousands of tokens, of each model in Q4_0 with its drafter. A star is all that the model
-# takes; "–" says that not even one token fits. Left keys and values in bf16, right int8, values only where the model
-# allows it.
+# The longest context, in thousands of tokens, of each model in Q4_0 with its drafter, on RTX cards of these names. A
+# star is all that the model takes; "–" says that not even one token fits. Left KV in bf16, right in int8, values only
+# where the model allows it.
 
 # %%
 sizes, models = {12: "3060", 16: "4080", 24: "3090", 32: "5090"}, ["31b", "26b-a4b", "12b", "e4b", "e2b"]
@@ -208,14 +215,14 @@ figure.colorbar(image, ax=panels, label="longest context (thousands of tokens)")
 plt.show()
 
 # %% [markdown]
-# So: yes, the 31B fits a 24 GB card in int4, with its drafter, and the storage of keys and values decides how much it
-# can read. What the plan does not know: what else the card is doing, and what an engine allocates besides. That needs
-# a card and the real weights.
+# So: yes, by this count the 31B fits a 24 GB card in int4, with its drafter, and the storage of keys and values decides
+# how much it can read. What the plan does not know: what else the card is doing, and what an engine allocates
+# besides. To see that takes a card and the real weights.
 #
 # ## Try
-# - `plan_for("gemma-4-31b", gib=20)`: what is the longest context then? And with `kv="int8"`?
-# - The drafter costs context as well: make a plan with `"draft": "none"` and compare `max_context`.
-# - `minimtp show MODEL --memory 16GiB --plot plan.png` draws the bars of a checkpoint that you have.
+# - `plan_for("gemma-4-31b", gib=20).max_context`: what is the longest context then? And with `kv="int8"`?
+# - The drafter costs context as well: compare `max_context` of `plan_for("gemma-4-31b", draft="none")`.
+# - `minimtp show tiny-gemma4 --memory 16GiB --plot plan.png` draws the bars of a checkpoint, here a bundled one.
 #
 # In the code: `minimtp/plan.py` (`make_plan`, `kv_parts`, `scratch_parts`), `minimtp/memory.py` (`stored_parts`),
 # `minimtp/kv_storage.py` (`encode_int8`), `minimtp/gemma4.py` (`keys_of_values`), `minimtp/cli_show.py` (`plan_of`,

@@ -9,8 +9,8 @@
 #
 # A **kernel** is a function that a GPU runs in many **threads** at once. This notebook takes one apart:
 # `matvec_int4.cu`, which multiplies a few tokens by a matrix of 4-bit weights. It runs on this machine's processor,
-# thread by thread, from the very text a GPU would get. For that a **C++ compiler** (g++) must be there; the project
-# has tried Linux only.
+# thread by thread, from the very text a GPU would get. For that a **C++ compiler** (g++) must be installed; it was
+# tried on Linux only.
 #
 # You will see which thread reads which bytes, why a token's result has the same bits alone and among others, what
 # happens without a barrier, and how few bytes a pass needs. **No GPU has run these kernels yet**: nothing here is a
@@ -21,12 +21,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pictures
 
-from minimtp import backend, device_bytes, device_layout, kernel_source, quant, shim
+from minimtp import backend, device_bytes, device_layout, kernel_source, loading, quant, shim
 from minimtp.device import Gpu, Host
 from minimtp.display import BLUE, GREY, ORANGE
 
 try:
-    shim.compiled("", ())  # compiles nothing but the header that stands for a GPU
+    shim.compiled("")  # compiles nothing but the header that stands for a GPU
 except shim.KernelError as error:
     raise pictures.Stop(f"This notebook stops here: {error}.") from None
 
@@ -50,7 +50,8 @@ print("first bytes of row 0:", " ".join(f"{byte:02x}" for byte in packed_OB[0, :
 # %% [markdown]
 # The same with NumPy, with the package's weight object, and with the kernel. To start a kernel one says how many
 # **blocks** of threads there are and how many threads a block has; here a block has 4 **warps** of 32 threads, and
-# each warp makes 4 rows. TOKENS, and how scales are stored, are compiled in.
+# each warp makes 4 rows. Compiled in are TOKENS, how many tokens there are; SCALE, how scales are stored; and SPAN, how
+# many columns share one for certain.
 
 
 # %%
@@ -58,7 +59,8 @@ def kernel(weight, x_TI, order="forward", change=("", "")):
     """Run matvec_int4 on the processor, its text changed or not, its threads in that order -> [T, O]."""
     layout, (rows, columns) = device_layout.int4(weight), weight.shape
     constants = (("TOKENS", len(x_TI)), ("SCALE", layout.kind), ("SPAN", layout.span))
-    text, out_TO = kernel_source.source("matvec_int4", constants).replace(*change), np.empty((len(x_TI), rows), "f4")
+    text = kernel_source.source("matvec_int4", constants).replace(*change)
+    out_TO = np.empty((len(x_TI), rows), np.float32)
     arguments = [out_TO, x_TI, layout.packed, layout.scales, rows, columns, layout.group]
     shim.launch("matvec_int4", "matvec_int4", -(-rows // 16), 128, arguments, order=order, text=text)
     return out_TO
@@ -73,8 +75,9 @@ assert (by_numpy == by_loop).all() and (kernel(tiny, x_TI) == by_numpy).all()
 
 # %% [markdown]
 # ## Who reads what
-# A **lane** is a thread of a warp. Here is what one warp's lane does, from the file: the loop over **tiles** of 1,024
-# columns, in which it takes 32 columns, so 16 bytes of each of its 4 rows, loaded one tile ahead.
+# A **lane** is a thread of a warp. Here is what a lane does, from the file: the loop over **tiles** of 1,024 columns.
+# It takes 32 of them, so 16 bytes of each of its 4 rows. In the text r counts rows, t tokens, q fours of columns;
+# `piece_R` is what the lane works on, `next_R` what it loads meanwhile for the next tile, `tile_TQL` the tokens.
 
 # %%
 text = kernel_source.source("matvec_int4")
@@ -109,9 +112,9 @@ axes.set_title("which thread reads which piece: 4 rows a warp, 32 pieces a tile,
 plt.show()
 
 # %% [markdown]
-# Neighbouring lanes read neighbouring 16 bytes, so a warp's load is one run of 512 bytes: what memory gives fastest.
-# Piece 32 begins the second tile, and lane 0 is there again. The lower half is another block, which shares nothing
-# with the first.
+# Neighbouring lanes read neighbouring 16 bytes, so a warp's load of a row is one run of 32 · 16 = 512 bytes, which a
+# GPU's memory likes. Piece 32 begins the second tile, and lane 0 is there again. The lower half is another block,
+# whose threads have the same numbers and rows of their own.
 #
 # ## One order of sums
 # Floating-point sums depend on their order. The kernel's is fixed: a lane's 32 products of codes one after the other,
@@ -141,20 +144,20 @@ x_TI = random.normal(size=(5, 2048)).astype(np.float32)
 followed = [[in_the_kernels_order(w, scales, x) for w, scales in zip(w_OI, scales_OG)] for x in x_TI]
 together_TO, plain_TO = kernel(weight, x_TI), backend.matmul(x_TI, weight)
 print("NumPy in the kernel's order, the same bits:", (together_TO == followed).all())
-print("NumPy in its own order, within 0.00001:", abs(together_TO - plain_TO).max() < 1e-5 * abs(plain_TO).max())
+print(
+    "NumPy in its own order, within 0.00001 of the largest:",
+    abs(together_TO - plain_TO).max() < 1e-5 * abs(plain_TO).max(),
+)
 
 # %% [markdown]
-# The number of tokens is not in that order. So a token has the same bits alone and among five, and greedy text with
-# drafts can be exactly greedy text without. Nor is the order in which threads happen to run: a GPU promises none, so
-# here they run forward, backward, shuffled.
+# The number of tokens is not in that order. So a token has the same bits alone and among five. That is why text made
+# with **drafts** (guesses that are checked several in one pass) can be exactly the text made one token at a time. Nor
+# is the order in which threads happen to run: a GPU promises none, so here they run forward, backward, shuffled.
 
 # %%
 for tokens in range(1, 6):
-    print(
-        tokens,
-        "tokens: the first ones of five, bit for bit:",
-        (kernel(weight, x_TI[:tokens]) == together_TO[:tokens]).all(),
-    )
+    same = (kernel(weight, x_TI[:tokens]) == together_TO[:tokens]).all()
+    print(f"{tokens} of the five tokens: the same bits: {same}")
 for order in shim.ORDERS:
     print(f"threads {order}: the same bits:", (kernel(weight, x_TI, order) == together_TO).all())
 
@@ -173,30 +176,32 @@ print(f"without the barrier {np.isnan(broken_TO).mean():.0%} of the results are 
 
 # %% [markdown]
 # ## Bytes
-# How much must be read? `launch_bytes` counts the arrays of a launch. For `q_proj` of a sliding layer of Gemma 4 31B,
-# 8,192 rows of 5,376 columns, weights are nearly all of it: five tokens cost few bytes more than one. That is why
-# drafts pay (left picture).
+# How much must be read? `launch_bytes` counts the arrays of a **launch**, one start of a kernel. For `q_proj`, the
+# first matrix of a sliding layer of Gemma 4 31B, weights are nearly all of it: five tokens cost few bytes more than
+# one. That is why drafts can pay (left picture).
 #
-# Reading is not all. A code takes about 2 instructions to become a float, and 1 a token to be used. A card has time
-# for so many instructions while a weight's 0.5625 bytes arrive, by its data sheet: the lines on the right, published
-# rates and no measurements. Where a bar rises above a line, that card would wait for its arithmetic, not for its
-# memory.
+# Reading is not all. A code takes 2 instructions to become a float (`code_to_float` in `common.cuh`), and 1 a token to
+# be used. A card has time for so many instructions while a weight's 0.5625 bytes arrive, by its data sheet: the lines
+# on the right, published rates and no measurements. Where a bar rises above a line, that card would wait for its
+# arithmetic, not for its memory.
 
 # %%
-rows, columns, device, widths, per_token = 8192, 5376, Host(), np.arange(1, 9), []
+family, config = loading.published_config("gemma-4-31b")
+rows, columns = family.tensors(config)["layers.0.q_proj"][1]
+device, widths, per_token = Host(), np.arange(1, 9), []
 weights = [device.empty((rows, columns // 2), "u1"), device.empty((rows, columns // 32), "f2")]
-for tokens in range(1, 9):
+for tokens in widths:
     vectors = [device.empty((tokens, size), "f4") for size in (rows, columns)]
     per_token.append(device_bytes.launch_bytes("matvec_int4", [*vectors, *weights], {}) / tokens / 1e6)
-ideal = rows * columns * 18 / 32  # 16 bytes of codes and 2 of scale, for 32 weights
-print(f"ideal {ideal:,.0f} bytes, stored {sum(array.nbytes for array in weights):,}")
+print(f"{rows:,} rows of {columns:,} columns: {sum(array.nbytes for array in weights):,} bytes of weights")
 print(f"a launch with 1 token: {per_token[0] * 1e6:,.0f}, with 5 tokens: {per_token[4] * 5e6:,.0f}")
-room = {card: rate / 2 / (bandwidth / 0.5625) for card, (rate, bandwidth) in device_bytes.CARDS.items()}
+# Data sheets count two operations an instruction; a weight takes 18 bytes / 32.
+room = {card: rate / 2 / (bandwidth / (18 / 32)) for card, (rate, bandwidth) in device_bytes.CARDS.items()}
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
 left.bar(widths, per_token, color=BLUE, label="counted: codes, scales, x, out")
-left.plot(widths, ideal / 1e6 / widths, "o--", color=ORANGE, label="ideal: each weight once, 4.5 bits")
+left.plot(widths, rows * columns * 4.5 / 8e6 / widths, "o--", color=ORANGE, label="ideal: each weight once, 4.5 bits")
 left.plot(widths, rows * columns * 2 / 1e6 / widths, "s:", color=GREY, label="the same weights in bf16")
 right.bar(widths, 2 + widths, color=BLUE, label="needed")
 for (card, count), style in zip(room.items(), ("--", ":", "-.")):
@@ -227,9 +232,10 @@ except backend.BackendError:
 
 # %% [markdown]
 # ## Try
-# - Change `group` to 16 columns a scale: which constant of the kernel changes, and what does it cost?
-# - Plant another defect, such as `distance > 1` in `warp_sum`'s loop: which check above finds it?
-# - Take the *second* barrier out, with threads shuffled and 2,048 columns: what is overwritten, and by whom?
+# - Where `weight` is made, give `quant.Quantized` also `group=16` and `scales_OG` 128 columns (`layout.kind` and
+#   `layout.span` follow): is `kernel(weight, x_TI)` still near `backend.matmul`, and what does a weight take now?
+# - Plant another defect, `change=("distance > 0", "distance > 1")` in `warp_sum`: which checks above find it?
+# - Take the *second* barrier out, `change=("__syncthreads();  // before", "// before")`: what is overwritten too early?
 #
 # In the code: `minimtp/kernels/matvec_int4.cu` and `common.cuh`; `minimtp/shim.py` (`launch`),
 # `minimtp/kernels/host.h`; `minimtp/device_layout.py` (`int4`); `docs/gpu.md`, "One kernel, line by line".

@@ -30,7 +30,7 @@ def wiring(ax, boxes, arrows, back=""):
     for pairs, style in ((arrows, "solid"), (back, "dashed")):
         for start, stop in (pair.split() for pair in pairs.split(", ") if pair):
             ends = {"patchA": patches[start], "patchB": patches[stop], "shrinkA": 1, "shrinkB": 1}
-            bend = f"arc3,rad={0.0 if style == 'solid' else 0.3}"
+            bend = f"arc3,rad={0.0 if style == 'solid' else -0.3}"
             shape = {"arrowstyle": "-|>", "color": "black", "linestyle": style, "connectionstyle": bend}
             ax.annotate("", boxes[stop][:2], boxes[start][:2], arrowprops={**ends, **shape})
     ax.axis("off")
@@ -52,7 +52,7 @@ def surface(axes, xs, ys, gain, levels, vmax, *more):
     lines = axes.contour(xs, ys, gain_YX, levels=levels, colors="black", linewidths=0.8)
     axes.clabel(lines, fmt="%.1f", fontsize=8)
     pays = gain_YX.max(axis=0) > 1
-    axes.plot(xs[pays], ys[gain_YX.argmax(axis=0)][pays], "o", color="white", mec="black", ms=4)
+    axes.plot(xs[pays], ys[gain_YX.argmax(axis=0)][pays], "o", color="white", mec="black", ms=4, clip_on=False)
     return image
 
 

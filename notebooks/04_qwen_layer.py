@@ -1,0 +1,236 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+# ---
+
+# %% [markdown]
+# # A Qwen 3.6 layer: how can a state of fixed size replace a growing cache?
+#
+# Three layers of four in Qwen 3.5 and 3.6 do not attend. They keep one matrix for each head, the *state*, and every
+# token changes it: it fades, forgets what it knew at one place, and learns something new there. This is Gated
+# DeltaNet.
+#
+# You will see: a state of 4 × 4 numbers, step by step; the same computed many tokens at once; what a real model
+# forgets and how fast; and the bytes.
+
+# %%
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pictures
+
+from minimtp import layers, memory
+from minimtp.display import MEMORY
+from minimtp.loading import load, published_config
+
+# %% [markdown]
+# ## A state that answers
+#
+# A state S is asked with a *key* k and answers with a *value*: k @ S. If k is a row of the identity, the answer is a
+# row of S. One token does three things (here as loops over the rows):
+#
+# 1. **fade**: all of S is multiplied by the token's *decay*, between 0 and 1;
+# 2. **erase and write**: what S now answers to k is moved towards the token's value, by the share *beta*;
+# 3. **ask**: the answer to the token's *query* is the output.
+
+
+# %%
+def step(state_KV, k_K, v_V, decay, beta):
+    """The state after one token, as loops."""
+    state_KV = [[decay * number for number in row] for row in state_KV]
+    answer_V = [sum(k_K[i] * state_KV[i][j] for i in range(4)) for j in range(4)]
+    u_V = [beta * (v_V[j] - answer_V[j]) for j in range(4)]  # the write
+    return np.array([[state_KV[i][j] + k_K[i] * u_V[j] for j in range(4)] for i in range(4)])
+
+
+# %%
+k_TK = np.eye(4)[[0, 1, 0, 3, 1]]  # which row each token writes to
+v_TV = np.array([[4, 0, 0, 0], [0, 3, 3, 0], [0, 0, 0, 4], [0, 0, 0, 0], [4, 1, 1, 4]], float)
+decay_T, beta_T = np.array([1, 1, 1, 0.5, 1]), np.array([1, 1, 1, 0, 0.5])
+said = ["write at row 0", "write at row 1", "overwrite row 0", "decay 1/2,\nwrite nothing", "half a write\nat row 1"]
+
+states = [np.zeros((4, 4))]
+for token in zip(k_TK, v_TV, decay_T, beta_T):
+    states.append(step(states[-1], *token))
+
+# %%
+figure, axes = plt.subplots(1, 6, figsize=(9, 2.2), sharey=True)
+for ax, state_KV, title in zip(axes, states, ["empty", *said]):
+    image = ax.imshow(state_KV, vmin=0, vmax=4)
+    for i, j in np.argwhere(state_KV):  # zeros are left blank
+        colour = "white" if state_KV[i, j] < 3 else "black"
+        ax.text(j, i, f"{state_KV[i, j]:.3g}", size=8, ha="center", va="center", color=colour)
+    ax.set(title=title, xlabel="column of values", xticks=range(4), yticks=range(4))
+axes[0].set_ylabel("row (key)")
+figure.colorbar(image, ax=axes, label="number in the state")
+plt.show()
+
+# %% [markdown]
+# The third frame is the "delta": row 0 is *replaced*. A state that only adds (linear attention) would answer with the
+# sum of both values. And the old value is gone: no one can compute it from this state. That matters in
+# `05_un_reading`.
+#
+# The package's step does the same with matrices, for all heads (`layers.gated_delta_step`).
+
+# %%
+state_HKV = np.zeros((1, 4, 4))
+for t in range(5):
+    token = k_TK[t, None], k_TK[t, None], v_TV[t, None], decay_T[t, None], beta_T[t, None]
+    output_HV, u_HV, state_HKV = layers.gated_delta_step(*token, state_HKV)  # query, key, value, decay, beta
+print("the package's state is the loop's:", np.array_equal(state_HKV[0], states[-1]))
+print("row 0 after two writes, the delta rule:", states[3][0], " only adding:", v_TV[0] + v_TV[2])
+
+# %% [markdown]
+# ## Many tokens at once
+#
+# A loop over tokens is slow on a long prompt. But only the writes depend on each other: the write of token t is
+# corrected by what earlier writes left for its key. Put these couplings in a matrix C, zero on and above the
+# diagonal. Then all writes are the solution of one triangular system, (1 + C) u = beta (v − what the old state
+# answers).
+
+# %%
+random, T = np.random.default_rng(3), 12
+q_TGK, k_TGK = (layers.l2_norm(random.normal(size=(T, 1, 8))) for _ in range(2))
+v_THV, state_HKV = random.normal(size=(T, 1, 4)), random.normal(size=(1, 8, 4))
+log_decay_TH, beta_TH = -random.random((T, 1)) / 2, random.random((T, 1))
+by_loop = layers.gated_delta(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, state_HKV)  # (outputs, writes, state)
+
+k_TK, sums_T = k_TGK[:, 0], np.cumsum(log_decay_TH[:, 0])
+couplings_TT = np.tril(beta_TH * np.exp(np.subtract.outer(sums_T, sums_T)) * (k_TK @ k_TK.T), -1)
+left_T1 = np.exp(sums_T)[:, None]  # of the old state
+u_TV = np.linalg.solve(np.eye(T) + couplings_TT, beta_TH * (v_THV[:, 0] - left_T1 * (k_TK @ state_HKV[0])))
+
+# %%
+by_chunk = layers.gated_delta_chunk(q_TGK, k_TGK, v_THV, log_decay_TH, beta_TH, state_HKV)
+print("writes, solved here and by the loop, agree to 1e-12:", np.allclose(u_TV, by_loop[1][:, 0], atol=1e-12))
+for what, chunk, loop in zip(("outputs", "writes", "state"), by_chunk, by_loop):
+    print(f"{what}, the package's chunk form and its loop, agree to 1e-12:", np.allclose(chunk, loop, atol=1e-12))
+figure, ax = plt.subplots(figsize=(4.2, 3.2))
+image = ax.imshow(np.where(np.tri(T, k=-1, dtype=bool), couplings_TT, np.nan), cmap="cividis")
+ax.set(xlabel="written by token", ylabel="corrects the write of token", title="couplings C")
+figure.colorbar(image, ax=ax, label="share of the earlier write")
+plt.show()
+
+# %% [markdown]
+# The package takes 64 tokens a block, and up to 16 tokens one by one: there every token gets the bits of a step
+# alone, which is what verifying drafts needs.
+#
+# ## A short convolution first
+#
+# Before queries, keys and values go into the rule, each of their channels is smoothed: a token gets a weighted sum of
+# itself and the three tokens before it. So a layer remembers the last three inputs besides its state.
+
+# %%
+x_TC, weight_CW = np.array([[1.0], [0], [0], [2], [0], [0]]), np.array([[0.1, 0.2, 0.3, 1.0]])
+before = [0.0] * 3 + x_TC[:, 0].tolist()
+by_loop_T = [sum(weight_CW[0, j] * before[t + j] for j in range(4)) for t in range(6)]
+
+whole_TC = layers.causal_conv(x_TC, weight_CW, np.zeros((3, 1)))
+late_TC = layers.causal_conv(x_TC[4:], weight_CW, x_TC[1:4])  # two tokens, and the window before them
+print("a 1 and a 2, smoothed:", np.round(by_loop_T, 3))
+print("the package's:        ", whole_TC[:, 0].round(3), " the last two from the window:", late_TC[:, 0].round(3))
+
+# %% [markdown]
+# ## A real layer
+#
+# `tiny-qwen35` has eight layers, six of them linear, with four heads and states of 32 × 32. It reads 64 tokens in one
+# pass, by blocks, and once more one by one.
+
+# %%
+target = load("tiny-qwen35")
+text = open("../weights/heldout.txt").read()
+ids = target.tokenizer.encode(text)[:64]
+wide, narrow = target.new_cache(), target.new_cache()
+linear = [i for i, layer in enumerate(target.config.layers) if layer.kind == "linear"]
+out = target.forward(ids, wide, taps=[f"layer.{i}.in" for i in linear])
+logits_TV = np.concatenate([target.forward([token], narrow).logits_TV for token in ids])
+print("logits agree to 1e-3:", np.allclose(out.logits_TV, logits_TV, atol=1e-3))
+
+# %% [markdown]
+# Here is the state of one head while it reads. A token writes in one direction: its key's. The *rank* says in how many
+# independent directions the state has an answer. It cannot exceed 32: from then on every write is also an overwrite.
+
+# %%
+cache = target.new_cache()
+figure, axes = plt.subplots(1, 5, figsize=(8.5, 2.2), sharey=True)
+for ax, tokens in zip(axes, (1, 2, 4, 16, 64)):
+    target.forward(ids[cache.length : tokens], cache)
+    state_KV = cache.layers[6].state_HKV[1]
+    image = ax.imshow(np.abs(state_KV), vmin=0, vmax=0.2, interpolation="nearest")
+    ax.set(title=f"{tokens} read: rank {np.linalg.matrix_rank(state_KV, rtol=1e-3)}", xlabel="column of values")
+axes[0].set_ylabel("layer 6, head 1: row")
+figure.colorbar(image, ax=axes, label="magnitude")
+plt.show()
+
+# %% [markdown]
+# ## How fast does it forget?
+#
+# The decay is computed from the token, so the text decides how long something is remembered. The product of the
+# decays since a write is what is left of it (if nothing overwrites it). In this tiny model most heads forget within a
+# few tokens; one head of layer 6 remembers far longer. (In the titles: tokens, head by head.)
+
+
+# %%
+def log_decays(index):
+    """Of each token and head of a linear layer -> [T, H], as `layers.delta_rule` computes them."""
+    w = target.params.layers[index]
+    x_TD = layers.rms_norm(out.taps[f"layer.{index}.in"], w.input_layernorm, target.config.rms_norm_eps)
+    return -np.exp(w.A_log) * layers.softplus(x_TD @ w.in_proj_a.T + w.dt_bias)
+
+
+# %%
+figure, axes = plt.subplots(2, 3, figsize=(7.5, 3.8), sharex=True, sharey=True)
+for ax, index in zip(axes.flat, linear):
+    left_TH = np.exp(np.cumsum(log_decays(index)[1:], axis=0))
+    for head, line in enumerate(("-", "--", ":", "-.")):
+        ax.plot(range(1, 64), left_TH[:, head], line, label=f"head {head}")
+    ax.set_title(f"layer {index}: half left after\n{(left_TH > 0.5).sum(0)} tokens")
+axes[0, 0].legend(frameon=False)
+figure.supxlabel("tokens since the first was written", fontsize=9)
+figure.supylabel("share of its write that is left", fontsize=9)
+plt.show()
+
+# %% [markdown]
+# ## Bytes
+#
+# A state costs the same after one token and after a hundred thousand. The full layers (one of four) still grow.
+# Beside them the same configuration with attention in every layer, and the length from which on the states pay.
+
+# %%
+_, config = published_config("qwen3.6-27b")
+attending = replace(config, layers=(config.attention,) * len(config.layers))
+contexts = np.arange(1, 6000)
+held = [memory.kv_bytes(config, int(n), itemsize=2) for n in contexts]
+states, full = (np.array([parts[kind] for parts in held]) / 2**20 for kind in ("linear", "full"))
+alone = np.array([memory.kv_bytes(attending, int(n), itemsize=2)["full"] for n in contexts]) / 2**20
+pays = contexts[np.argmax(states + full < alone)]
+print(f"the states take less from {pays} tokens on")
+
+# %%
+figure, ax = plt.subplots(figsize=(6, 2.6))
+colours = MEMORY["linear KV"], MEMORY["full KV"]
+ax.stackplot(contexts, states, full, colors=colours, labels=("48 linear layers: states", "16 full layers: KV"))
+ax.plot(contexts, alone, ":", color="black", label="if all 64 attended: KV")
+ax.annotate(f"{pays} tokens", (pays, alone[pays - 1]), (pays - 300, 700), arrowprops={"arrowstyle": "-|>"})
+ax.set(xlabel="context, tokens", ylabel="cache, MiB\n(KV bf16, states float32)", title="qwen3.6-27b")
+ax.legend(frameon=False)
+plt.show()
+
+# %%
+print("MiB of states (any context), and of KV at 32,768 tokens, bf16:")
+for name in ("qwen3.6-27b", "qwen3.6-35b-a3b", "qwen3.5-122b-a10b", "qwen3.5-397b-a17b", "qwen3.5-0.8b"):
+    held = memory.kv_bytes(published_config(name)[1], 32768, 2)
+    print(f"{name:18} {held['linear'] / 2**20:7.1f} {held['full'] / 2**20:9.1f}")
+
+# %% [markdown]
+# ## Try
+#
+# - Give two tokens keys that overlap, `[1, 0, 0, 0]` and `[0.8, 0.6, 0, 0]`. What does the second write do to the
+#   first?
+# - Set `beta_T` to 2 for one step. (The models stay between 0 and 1: `beta` is a sigmoid.)
+# - Read another part of `heldout.txt` in the real layer. Which head forgets at a line break?
+#
+# Code: `minimtp/layers.py` (`gated_delta_step`, `gated_delta_chunk`, `causal_conv`, `delta_rule`),
+# `minimtp/qwen35.py` (`delta_net`), `minimtp/delta_state.py`. More in `docs/qwen35.md`.
