@@ -211,7 +211,7 @@ fig, ax = plt.subplots()
 ax.plot(bits, errors, "o-", color=BLUE)
 for g, x, y in zip(groups, bits, errors):
     ax.annotate(f"{g}" + " (a whole row)" * (g == 256), (x, y), (6, 4), textcoords="offset points")
-ax.set(xlabel="bits a weight, scales included", ylabel="relative error of the matrix", ylim=(0, 0.13))
+ax.set(xlabel="bits a weight, scales included", ylabel="relative error of the matrix", ylim=(0, 0.15))
 ax.set_title("The number is the group size")
 print({g: round(float(error), 3) for g, error in zip(groups, errors)})
 

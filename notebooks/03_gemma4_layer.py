@@ -7,8 +7,9 @@
 # %% [markdown]
 # # A Gemma 4 layer: what do sliding windows, shared KV and per-layer embeddings save?
 #
-# Attention looks back at every token read so far, and must keep something of each: the *cache*. Gemma 4 uses four
-# devices to keep it small. Here each is built from arrays that you can read, then found in a real model.
+# Attention looks back at every token read so far, and must keep a *key* and a *value* of each: the *cache*, KV for
+# short. Gemma 4 keeps it small by windows, by sharing between layers, and by making keys from values. Its small sizes
+# also save reading of weights, by per-layer embeddings.
 #
 # You will see: masks, a real layer computed by hand, who reads whose cache, and the bytes of published sizes.
 
@@ -22,7 +23,7 @@ import pictures
 from matplotlib.colors import ListedColormap
 
 from minimtp import gemma4, layers, memory, plan
-from minimtp.display import BLUE, GREY, MEMORY, ORANGE
+from minimtp.display import BLUE, GREEN, GREY, MEMORY, ORANGE
 from minimtp.loading import load, published_config
 from minimtp.quant import Plain
 
@@ -32,7 +33,8 @@ from minimtp.quant import Plain
 # Each token asks with a *query* and is found by its *key*; what it then hands over is its *value*. The score of a pair
 # is query · key. Softmax turns a token's scores into shares of 1, and the result is the values mixed by these shares.
 #
-# A *window* of 3 means: a token sees itself and the two before it.
+# A *window* of 3 means: a token sees itself and the two before it. (Capitals at the end of a name are its axes: T
+# tokens, K numbers of a key or value; below also H heads, S slots of the cache, D the hidden size.)
 
 # %%
 WINDOW = 3
@@ -52,15 +54,15 @@ print(by_loop_TK.round(3))
 #
 # All scores at once, and minus infinity where a token must not look: its share is then exactly 0.
 #
-# The package's `layers.attend` builds no mask in a narrow pass. It is told each query's first and last slot
-# (`layers.seen`), and takes that slice of the cache.
+# Where few tokens are read at once, the package (`layers.attend`) needs no mask: it is told each query's first slot
+# and the end of its slots (`layers.seen`), and takes that slice of the cache.
 
 # %%
 query, key = np.mgrid[:6, :6]
 mask_TT = (key <= query) & (key > query - WINDOW)
 shares_TT = layers.softmax(np.where(mask_TT, q_TK @ k_TK.T, -np.inf))
 
-span = layers.seen(np.arange(6), WINDOW)  # first slot, and the one after the last
+span = layers.seen(np.arange(6), WINDOW)  # each query's first slot, and the one after its last
 packaged_THK = layers.attend(q_TK[:, None], k_TK[None], v_TK[None], *span)
 print("mask, against the loop:          ", np.allclose(shares_TT @ v_TK, by_loop_TK, atol=1e-12))
 print("layers.attend, against the loop: ", np.allclose(packaged_THK[:, 0], by_loop_TK, atol=1e-12))
@@ -69,7 +71,8 @@ print("layers.attend, against the loop: ", np.allclose(packaged_THK[:, 0], by_lo
 # ## Who sees whom
 #
 # A *full* layer sees everything before. A *sliding* layer sees a band. But layers are stacked: what a token fetched in
-# one layer can be fetched from it in the next, so two sliding layers reach almost twice as far back (third picture).
+# one layer can be fetched from it in the next. With a window of 4 one layer reaches 3 tokens back, two reach 6 (third
+# picture).
 
 # %%
 full_TT = np.tri(12, dtype=bool)
@@ -86,9 +89,10 @@ plt.show()
 # ## A real layer, computed here
 #
 # `tiny-gemma4` has five layers: sliding, sliding, full, sliding, full, with windows of 32. Its pass over 80 tokens is
-# *tapped*: we keep what went into layers 1 and 2 and what their attention gave. In between, everything is done again:
-# queries are normed and *rotated* by their position (RoPE); keys and values come from the cache, where the pass left
-# them; two query heads or four share one key/value head; and the output projection `o_proj` mixes the heads.
+# *tapped*: we keep what went into layers 1 and 2 and what their attention gave. In between, everything is done again.
+# Attention runs in several *heads* side by side, each with queries of its own; two heads or four share keys and values.
+# Queries are normed (scaled to mean square 1, times a weight) and *rotated* by their position (RoPE); keys and values
+# come from the cache, where the pass left them; the output projection `o_proj` mixes the heads.
 
 # %%
 target = load("tiny-gemma4")
@@ -126,16 +130,17 @@ figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.8))
 for ax, index in zip(axes, (1, 2)):
     shares_HTT, output_TD = attention_by_mask(index)
     print(f"layer {index} equals the model's:", np.allclose(output_TD, out.taps[f"layer.{index}.attn"], atol=1e-4))
-    image = ax.imshow(np.where(shares_HTT.max(0) > 0, shares_HTT.mean(0), np.nan), vmax=0.2, interpolation="nearest")
+    mean_TT = np.where(shares_HTT.max(axis=0) > 0, shares_HTT.mean(axis=0), np.nan)  # white where nobody looks
+    image = ax.imshow(mean_TT, vmin=0, vmax=0.2, interpolation="nearest")
     kind = target.config.layers[index].kind
     ax.set(title=f"layer {index}, {kind}", xlabel="key position, token", ylabel="query position, token")
 figure.colorbar(image, ax=axes, label="share, mean of the heads\n(0.2 and above: yellow)")
 plt.show()
 
 # %% [markdown]
-# The sliding layer ends in a sharp edge 32 tokens back. What left the band is needed by no later token, so it need not
-# be kept: `SlidingKV` holds the window and one entry more (the drafter of the next token sees one more), however long
-# the text grows.
+# The sliding layer's band of 32 tokens ends in a sharp edge. What left the band is needed by no later token, so it need
+# not be kept: the cache of a sliding layer (`SlidingKV`) holds the window and one entry more. (The one more is for a
+# *drafter*, a small model that guesses the next token and reads the same cache.) The next cell counts, first.
 #
 # ## Keys and values from one matrix
 #
@@ -143,16 +148,20 @@ plt.show()
 # is then, it is the value; times a learned weight and rotated, it is the key. So a key can be *made* from its value.
 
 # %%
+fresh = target.new_cache()
+target.forward(ids, fresh)
+fresh.commit()  # everything read is final
+print("entries kept of 80 tokens, in layers 1 and 2:", [fresh.layers[i].read()[0].shape[1] for i in (1, 2)])
+
 layer, w = target.config.layers[2], target.params.layers[2]
 k_GSK, v_GSK = cache.layers[layer.kv].read()
 rope = gemma4.rope_tables(target.config, np.arange(80), k_GSK.dtype)["full"]
 made_GSK = layers.rotate(v_GSK.swapaxes(0, 1) * w.k_norm, rope).swapaxes(0, 1)
-print("layer 1 has a matrix for values:", hasattr(target.params.layers[1], "v_proj"))
-print("layer 2 has one:                ", hasattr(w, "v_proj"))
+print("a matrix for values, in layers 1 and 2:", [hasattr(target.params.layers[i], "v_proj") for i in (1, 2)])
 print("keys made of values are the cached keys, bit for bit:", np.array_equal(made_GSK, k_GSK))
 
 # %% [markdown]
-# A cache may then hold values alone, half the bytes (`minimtp.load(…, kv="float32-v")`).
+# So the cache of a full layer may hold values alone, half the bytes (`minimtp.load(…, kv="float32-v")`).
 #
 # ## Whose keys and values does a layer read?
 #
@@ -174,44 +183,44 @@ plt.show()
 # %% [markdown]
 # ## What each device saves
 #
-# We take a published configuration, undo its devices, and put them back one after the other. `memory.kv_bytes` counts a
-# configuration's cache; `plan.kv_parts` knows storages, and `bf16-v` keeps values only where that can be.
+# We take a published configuration, undo its devices, and put them back one after the other. `plan.kv_parts` counts the
+# cache of a configuration. Two bytes a number (`bf16`); `bf16-v` keeps values only, where keys can be made from them.
 
 
 # %%
 def steps(name):
-    """{device: function of the context, bytes of cache in bf16}, the devices added one after the other."""
+    """{device: (configuration, storage of the cache)}, the devices added one after the other."""
     config = published_config(name)[1]
     alone = replace(config, layers=tuple(replace(layer, owns_kv=True) for layer in config.layers))
-    counts = {"none": replace(alone, sliding_window=config.max_position_embeddings), "windows": alone}
-    if not config.layers[-1].owns_kv:
-        counts["and borrowed KV"] = config
-    by_device = {what: lambda n, c=c: sum(memory.kv_bytes(c, n, itemsize=2).values()) for what, c in counts.items()}
-    values_only = {"and values only": lambda n: sum(part.bytes for part in plan.kv_parts(config, n, "bf16-v"))}
-    return by_device | (values_only if config.layers[-1].k_eq_v else {})
+    wide = replace(alone, sliding_window=config.max_position_embeddings)
+    found = {"none": (wide, "bf16"), "windows": (alone, "bf16")}
+    if config.layers[-1].k_eq_v:
+        return found | {"+ values only": (config, "bf16-v")}
+    return found | {"+ borrowed KV": (config, "bf16")}
 
 
 # %%
+LOOKS = {"none": (":", GREY), "windows": ("--", SLIDING), "+ borrowed KV": ("-", GREEN), "+ values only": ("-", FULL)}
+contexts = np.geomspace(256, 131072, 40).astype(int).tolist()
 figure, axes = plt.subplots(1, 3, figsize=(8, 3), sharey=True)
 for ax, size in zip(axes, ("31b", "e4b", "e2b")):
-    contexts = np.geomspace(256, 131072, 40).astype(int)
-    for (what, count), line, colour in zip(steps(f"gemma-4-{size}").items(), (":", "--", "-"), (GREY, SLIDING, FULL)):
-        gib = [count(int(n)) / 2**30 for n in contexts]
-        ax.loglog(contexts, gib, line, color=colour, label=f"{what}: {gib[-1]:.2f}")
-    ax.set(title=size.upper(), xlabel="context, tokens", ylim=(2e-3, 8000))
+    for what, (config, storage) in steps(f"gemma-4-{size}").items():
+        gib = [sum(part.bytes for part in plan.kv_parts(config, n, storage)) / 2**30 for n in contexts]
+        ax.loglog(contexts, gib, LOOKS[what][0], color=LOOKS[what][1], label=f"{what}: {gib[-1]:.2f}")
+    ax.set(title=size.upper(), xlabel="context, tokens", ylabel="cache, GiB in bf16", ylim=(2e-3, 8000))
     ax.legend(frameon=False, fontsize=8, title="devices: GiB at 131,072", title_fontsize=8, loc="upper left")
-axes[0].set_ylabel("cache, GiB in bf16")
 plt.show()
 
 # %% [markdown]
-# The lines bend where the windows are full: from there on only the full layers grow. (They also have fewer key/value
-# heads in the large sizes; that is in all lines.)
+# All but the dotted lines bend where the windows are full: from there on only the full layers grow. For 131,072 tokens
+# windows leave a tenth of the 31B's cache, values alone about half of that; borrowing more than halves E2B's.
 #
 # ## Per-layer embeddings
 #
 # E4B and E2B give every layer a small vector of its own for each token, from a second, very large table. Below is the
 # look-up with three tokens in the vocabulary, two layers, vectors of width 2: as a loop, and as the package does it
-# (`gemma4.per_layer_inputs`), which adds a projection of the ordinary embedding, here set to zero.
+# (`gemma4.per_layer_inputs`). That adds a projection of the ordinary embedding, here set to zero, and divides the sum
+# of the two by √2.
 
 # %%
 table_VI = np.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]], np.float32)  # a row: layer 0's vector, layer 1's
@@ -227,8 +236,8 @@ print(looked_up.tolist())
 print("per_layer_inputs gives the same over √2:", np.allclose(packaged, looked_up / 2**0.5, atol=1e-6))
 
 # %% [markdown]
-# What is saved is not room on disk: the table is half of E2B's parameters. It is *reading*. A token multiplies by every
-# other weight, but of this table it reads one row. So the table may lie in slow memory.
+# What is saved is neither cache nor room on disk: the table is half of E2B's parameters (below). It is *reading*. A
+# token multiplies by every other weight, but of this table it reads one row. So the table may lie in slow memory.
 
 # %%
 ax = plt.figure(figsize=(8, 1.8)).gca()
@@ -243,8 +252,8 @@ ax.legend(bars, ("all other weights", "per-layer table"), frameon=False, ncol=2,
 plt.show()
 
 # %% [markdown]
-# The bundled tiny model has windows and keys from values, but no borrowed KV and no per-layer embeddings; those are
-# shown on published configurations.
+# So: windows stop most layers from growing with the text; shared KV and keys from values shrink what is left; per-layer
+# embeddings spare reading. (The bundled tiny model has windows and keys from values only.)
 #
 # ## Try
 #
@@ -253,4 +262,4 @@ plt.show()
 # - Count in int8 (`"int8-v"` in `steps`). How much is left of the 31B's cache?
 #
 # Code: `minimtp/gemma4.py` (`attention`, `decoder_layer`, `_plan`, `per_layer_inputs`), `minimtp/layers.py` (`seen`,
-# `attend`), `minimtp/kv.py` (`SlidingKV`), `minimtp/memory.py` (`kv_bytes`), `minimtp/plan.py` (`kv_parts`).
+# `attend`), `minimtp/kv.py` (`SlidingKV`), `minimtp/memory.py` (`parameters`), `minimtp/plan.py` (`kv_parts`).

@@ -7,9 +7,9 @@
 # %% [markdown]
 # # Un-reading: how do you take back four tokens?
 #
-# A *drafter* guesses four tokens, and the *target*, the large model, reads all of them in one pass. Then it turns out
-# that the second was wrong. Three tokens have been read that are not in the text: the cache must be as if they never
-# were.
+# A *drafter*, a small model, guesses four tokens, the *drafts*; the *target*, the large model, reads all of them in one
+# pass. Then it turns out that the first was wrong. Four tokens have been read that are not in the text: the *cache*,
+# what the target keeps of the tokens read, must be as if they never were.
 #
 # You will see: a timeline of reading and un-reading; why a sliding window must keep more than its window, and why a
 # state cannot be cut; that no bit stays behind; and what is written when a cache forgets to un-read.
@@ -33,20 +33,23 @@ sys.path.append("../docs")
 # ## Three words: append, rollback, commit
 #
 # `append` takes in tokens. `rollback(n)` un-reads the last n. `commit` makes everything read so far *final*: it frees
-# what only un-reading needed, and nothing before it can be un-read. Here is a memory of keys and values (`FullKV`)
-# through two rounds.
+# what only un-reading needed, and nothing before it can be un-read. Here is `FullKV`, which keeps a key and a value of
+# every token, through two rounds. Each key is its token's position, so that we can see which are there.
+
 
 # %%
+def numbered(first, stop):  # keys that are their positions, and values
+    keys_TGK = np.arange(first, stop, dtype=np.float32)[:, None, None]
+    return keys_TGK, -keys_TGK
+
+
 kv, events = FullKV(kv_heads=1, head_dim=1), []
-rounds = [("append", 3), ("commit",), ("append", 5), ("rollback", 3), ("commit",), ("append", 5), ("rollback", 1)]
-for what, *count in rounds:
-    keys_TGK = np.arange(kv.length, kv.length + sum(count), dtype=np.float32)[:, None, None]
-    getattr(kv, what)(*((keys_TGK, -keys_TGK) if what == "append" else count))
-    events.append((" ".join(map(str, [what, *count])), kv.length, kv.committed))
-try:
-    kv.rollback(5)
-except CacheError as error:
-    print(error)
+do = {"rollback": kv.rollback, "commit": lambda n: kv.commit()}
+do["append"] = lambda n: kv.append(*numbered(kv.length, kv.length + n))
+acts = ["append", "commit", "append", "rollback", "commit", "append", "rollback"]
+for what, n in zip(acts, [3, 0, 5, 3, 0, 5, 1]):
+    do[what](n)
+    events.append((f"{what} {n}" if n else what, kv.length, kv.committed))
 
 # %%
 ax, before = plt.figure(figsize=(7, 2.9)).gca(), 0
@@ -56,40 +59,45 @@ for row, (what, length, committed) in enumerate(events):
     pictures.boxes(ax, labels, colours, bottom=-1.3 * row, size=8)
     ax.text(-0.2, 0.5 - 1.3 * row, what, ha="right", va="center")
     before = length
-ax.text(5, 1.2, "position of the token, 0 to 9  (x: un-read)", ha="center")
+pictures.boxes(ax, range(10), ["white"] * 10, bottom=1.3)
+ax.text(-0.2, 1.8, "position (x: un-read)", ha="right", va="center")
 plt.show()
 
 # %% [markdown]
 # ## Keys and values: cut
 #
 # Entries lie in a buffer in order, so un-reading is a smaller number: the length. Numbers of rejected tokens remain
-# in the buffer behind it, but `read` does not show them, and the next append writes over them.
+# in the buffer behind it, but `read` does not show them, and the next append writes over them. Past the commit
+# `rollback` refuses (last line).
 
 # %%
 never = FullKV(kv_heads=1, head_dim=1)
-keys_TGK = np.arange(9, dtype=np.float32)[:, None, None]
-never.append(keys_TGK, -keys_TGK)
+never.append(*numbered(0, 9))
 print("keys read: ", kv.read()[0].ravel())
 print("in buffer: ", kv.buffers["k"].ravel()[:10])
 print("as a cache that never read the rest:", all(map(np.array_equal, kv.read(), never.read())))
+try:
+    kv.rollback(5)
+except CacheError as error:
+    print(error)
 
 # %% [markdown]
 # ## A window: keep what may be needed again
 #
-# A sliding layer needs the last 4 tokens, say. A ring of 4 slots looks enough. But drafts push entries out; after the
-# rollback these are needed again, and gone. `SlidingKV` keeps window + 1 committed entries (the drafter looks one
-# farther) and everything not yet final. (Its buffer may hold older entries as well, until they are moved out; they are
-# not drawn.)
+# A *sliding* layer looks at the last few tokens only, its *window*: 4, say. A *ring*, 4 slots in which the newest entry
+# overwrites the oldest, looks enough. But drafts push entries out; after the rollback these are needed again, and gone.
+# `SlidingKV` keeps window + 1 committed entries (the drafter looks one farther) and everything not yet final. (Older
+# ones may lie in its buffer too, until they are moved out; they are not drawn.)
 
 # %%
-kv, window, drafts = SlidingKV(kv_heads=1, head_dim=1, window=4), 4, 5
+kv, window, drafts = SlidingKV(kv_heads=1, head_dim=1, window=4), 4, 4
 for position in range(30):
-    kv.append(*np.full((2, 1, 1, 1), position, np.float32))
+    kv.append(*numbered(position, position + 1))
     kv.commit()
-kv.append(*np.arange(30, 30 + drafts, dtype=np.float32)[None, :, None, None].repeat(2, axis=0))
+kv.append(*numbered(30, 31 + drafts))  # the token before the drafts, and these
 ring = range(kv.length - window, kv.length)
-kept = range(kv.start, kv.length)
-kv.rollback(drafts - 1)
+kept = range(kv.committed - kv.keep, kv.length)
+kv.rollback(drafts)
 needed = range(kv.length - window + 1, kv.length)  # the next query sees these and itself
 print("needed after the rollback:", kv.read()[0].ravel()[-3:], " as they were:", list(needed))
 
@@ -98,8 +106,8 @@ ax = plt.figure(figsize=(7, 2)).gca()
 rows = {"a ring of 4 holds": ring, "SlidingKV keeps": kept, "the next token needs": needed}
 for row, (what, held) in enumerate(rows.items()):
     lost = [p for p in held if p not in ring] if what == "the next token needs" else []
-    labels = [f"{p}\nlost" if p in lost else p if p in held else "" for p in range(25, 35)]
-    colours = [VERMILLION + "90" if p in lost else SKY + "90" if p in held else "white" for p in range(25, 35)]
+    labels = [f"{p}\nlost" if p in lost else p if p in held else "" for p in range(24, 35)]
+    colours = [VERMILLION + "90" if p in lost else SKY + "90" if p in held else "white" for p in range(24, 35)]
     pictures.boxes(ax, labels, colours, bottom=-1.2 * row, size=8)
     ax.text(-0.2, 0.5 - 1.2 * row, what, ha="right", va="center")
 ax.set_title("positions, after 30 final tokens, 5 more, and a rollback of 4 (lost: not in the ring)", fontsize=9)
@@ -116,7 +124,8 @@ token = np.eye(1, 4), np.eye(1, 4), np.array([[5.0, 5, 5, 5]]), np.ones(1), np.o
 for first in (1.0, 2.0):
     state_HKV = np.diag([first, 3, 3, 3])[None]
     after_HKV = layers.gated_delta_step(*token, state_HKV)[2]
-    print("before:", state_HKV[0, 0], " after:", after_HKV[0, 0])
+    print("before:", state_HKV[0].tolist())
+    print("after: ", after_HKV[0].tolist())
 
 # %% [markdown]
 # There are two honest ways. **Keep every state**: one matrix for each token since the commit. Or **write again**:
@@ -130,8 +139,8 @@ for first in (1.0, 2.0):
 
 # %%
 def same_bits(one, other):  # two caches, in every layer
-    pairs = [(a.state(), b.state()) for a, b in zip(one.layers, other.layers)]
-    return one.tokens == other.tokens and all(np.array_equal(a[name], b[name]) for a, b in pairs for name in a)
+    pairs = [(a.state().values(), b.state().values()) for a, b in zip(one.layers, other.layers)]
+    return one.tokens == other.tokens and all(all(map(np.array_equal, a, b)) for a, b in pairs)
 
 
 def after(target, ids, committed, read, taken_back):  # -> a cache with that history
@@ -227,21 +236,23 @@ for what, told in runs.items():
     print(" " * 16, repr(target.tokenizer.decode(tokens)))
 
 # %%
-figure, axes = plt.subplots(4, 1, figsize=(11, 3.6))
+figure, axes = plt.subplots(4, 1, figsize=(11, 3.8))
 for ax, (what, told) in zip(axes, runs.items()):
     labels = [f"{FATES[fate].mark}\n{target.tokenizer.decode([token]).strip() or '⏎'}" for token, fate in told]
     pictures.boxes(ax, labels, [FATES[fate].colour + "60" for _, fate in told], size=7)
-    first = next((i for i, (one, other) in enumerate(zip(told, plain)) if one[0] != other[0]), None)
-    if first is not None:
-        ax.plot([first, first], [-0.2, 1.2], color="black", lw=3)
+    first = next((i for i, (one, other) in enumerate(zip(told, plain)) if one[0] != other[0]), np.nan)
+    ax.plot([first, first], [-0.2, 1.2], color="black", lw=3)  # nothing at nan
     ax.set_ylim(-0.2, 1.2)
     ax.set_title(what, loc="left", fontsize=9)
+figure.supxlabel("tokens in order; . no draft, + accepted, > correction, * bonus; bar: leaves the text", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Marks: `.` no draft, `+` accepted, `>` the target's correction, `*` the token the target adds when all drafts were
-# right. The black bar is where the text first leaves that of no drafts. Nothing raised an error, and a reader who has
-# only the wrong text might not notice: so bits are compared.
+# A *correction* is the target's token where a draft was wrong, a *bonus* the one it adds when all were right. At the
+# black bar the text first leaves that of no drafts. A reader who has only the wrong text might not notice: so bits are
+# compared.
+#
+# So, to take back four tokens: cut keys and values, keep more than the window, and write a state again.
 #
 # ## Try
 #

@@ -23,7 +23,7 @@ import minimtp
 from minimtp import audit, expected
 from minimtp.acceptance import RULES
 from minimtp.audit import total_variation
-from minimtp.display import FATES, GREY
+from minimtp.display import FATES, GREY, PURPLE
 
 # %%
 words = ["the", "a", "my", "thy", "no"]
@@ -44,13 +44,13 @@ accepted, rejected, correction = (FATES[fate].colour for fate in ("accepted", "r
 
 # %%
 kept = np.minimum(p, q)
-figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(7.5, 2.6), sharey=True)
 look = {"bottom": kept, "edgecolor": "white"}
 axes[0].bar(words, q - kept, color=rejected, hatch="xx", label=f"rejected: {(q - kept).sum():.2f}", **look)
 axes[1].bar(words, p - kept, color=correction, hatch="//", label=f"correction: {(p - kept).sum():.2f}", **look)
 for ax, name in zip(axes, ("q, the drafter's law", "p, the target's law")):
     ax.bar(words, kept, color=accepted, label=f"accepted, min(p, q): {kept.sum():.2f}")
-    ax.set(title=name, xlabel="token", ylabel="probability")
+    ax.set(title=name, xlabel="token", ylabel="probability", ylim=(0, 0.62))
     ax.legend(frameon=False)
 plt.show()
 
@@ -78,7 +78,7 @@ print("what comes out", law.round(12), "p", p)
 # something.
 
 # %%
-figure, ax = plt.subplots(figsize=(5.6, 4))
+figure, ax = plt.subplots(figsize=(4.4, 3.2))
 image = ax.imshow(outcome, cmap="cividis", vmin=0)
 for (d, t), chance in np.ndenumerate(outcome):
     if chance:
@@ -112,7 +112,7 @@ apart_right, apart_wrong = (abs(share - p).sum(2).mean(0) / 2 for share in share
 
 # %%
 floor = total_variation(kept + (q - kept).sum() * p, p)  # the exact law of the mistake
-figure, ax = plt.subplots(figsize=(6, 2.8))
+figure, ax = plt.subplots(figsize=(5, 2.5))
 ax.loglog(rounds, apart_right, color=accepted, label="corrections from the residual")
 ax.loglog(rounds, apart_wrong, "--", color=rejected, label="corrections from p")
 ax.axhline(floor, color=rejected, linewidth=0.8)
@@ -132,14 +132,14 @@ plt.show()
 # %%
 settings = {"threshold": {"threshold_acc": 0.5}, "relaxed": {"relaxed_topk": 2, "relaxed_delta": 0.2}}
 laws = {rule: minimtp.exact_law(rule, p, q, **settings.get(rule, {})) for rule in RULES}
-figure, axes = plt.subplots(3, 3, figsize=(8, 4), sharex=True, sharey=True)
+figure, axes = plt.subplots(3, 3, figsize=(6, 3.3), sharex=True, sharey=True)
 figure.supxlabel("token", fontsize=9), figure.supylabel("probability of coming out (outlined: p)", fontsize=9)
 for ax, (rule, law) in zip(axes.flat, laws.items()):
     same = total_variation(law, p) < 1e-12
     look = {"color": accepted} if same else {"color": rejected, "hatch": "//"}
     ax.bar(words, law, edgecolor="white", **look)
     ax.bar(words, p, facecolor="none", edgecolor="black")
-    ax.set_title(f"{rule}: {'keeps p' if same else f'total variation {total_variation(law, p):.2f}'}", fontsize=9)
+    ax.set_title(f"{rule}: {'keeps p' if same else f'total var. {total_variation(law, p):.2f}'}", fontsize=8)
 # %% [markdown]
 # One pair of laws could be luck. Over 200 random pairs, the largest total variation of each rule:
 
@@ -147,7 +147,7 @@ for ax, (rule, law) in zip(axes.flat, laws.items()):
 pairs = np.random.default_rng(0).dirichlet(np.full(5, 0.7), (200, 2))  # of laws p, q
 each = {rule: [minimtp.exact_law(rule, *pair, **settings.get(rule, {})) for pair in pairs] for rule in RULES}
 worst = {rule: max(map(total_variation, laws, pairs[:, 0])) for rule, laws in each.items()}
-figure, ax = plt.subplots(figsize=(7, 2.6))
+figure, ax = plt.subplots(figsize=(6, 2.4))
 bars = ax.barh(list(worst), list(worst.values()), color=rejected)
 ax.bar_label(bars, ["0: lossless" if value < 1e-12 else f"{value:.2f}" for value in worst.values()], padding=3)
 ax.invert_yaxis()
@@ -158,27 +158,29 @@ plt.show()
 # ## A defect that looks like success
 #
 # Many drafters draft their favourite, the argmax d of q, instead of drawing. Such a draft is a *point mass*: it had
-# probability 1, and must be tested as that, with p(d). `hf-gemma4` tests it as if it had been drawn from q, with
-# min(1, p(d)/q(d)).
+# probability 1, and must be tested as that, with p(d). `hf-gemma4` (transformers 5.8 to 5.23, for Gemma 4) tests it
+# as if it had been drawn from q, with min(1, p(d)/q(d)).
 #
 # Let the drafter get better, from the q above to p itself. Its acceptance climbs to 1. So does the damage: with q = p
 # every test passes, and the favourite is all that comes out. (The step near 0.95 is where q's favourite becomes p's.)
 
 # %%
-mixes = [(1 - good) * q + good * p for good in np.linspace(0, 1, 101)]
-overlap = [np.minimum(p, mix).sum() for mix in mixes]
-soft = [total_variation(minimtp.exact_law("hf-gemma4", p, mix), p) for mix in mixes]
-point = [total_variation(minimtp.exact_law("rejection", p, int(mix.argmax())), p) for mix in mixes]
-plt.plot(overlap, [min(1, p[mix.argmax()] / mix.max()) for mix in mixes], "k:", label="hf-gemma4: accepted")
-plt.plot(overlap, soft, "--", color=rejected, label="hf-gemma4: total variation from p")
-plt.plot(overlap, point, color=accepted, label="rejection, point mass: total variation from p")
+mixes = np.linspace(q, p, 101)  # row by row a better drafter
+overlap, best = np.minimum(p, mixes).sum(1), mixes.argmax(1)
+plt.figure(figsize=(6, 2.6))
+plt.plot(overlap, np.minimum(1, p[best] / mixes.max(1)), "k:", label="hf-gemma4: draft tokens accepted")
+for rule, drafts, style, colour in (("hf-gemma4", mixes, "--", rejected), ("rejection", best, "-", accepted)):
+    apart = [total_variation(minimtp.exact_law(rule, p, draft), p) for draft in drafts]
+    plt.plot(overlap, apart, style, color=colour, label=f"{rule}: total variation from p")
 plt.xlabel("how good the drafter is: Σ min(p, q)"), plt.ylabel("share, or total variation")
-plt.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.06))
+plt.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.03))
 plt.show()
 
 # %% [markdown]
 # Live, with a perfect drafter: the target itself, which drafts its favourite four times and says with which law.
-# Everything at temperature 1. How many tokens are the target's favourite?
+# Everything at temperature 1. How many tokens are the target's favourite? (The bonus token after four accepted ones
+# is still drawn from p.)
+
 
 # %%
 class Perfect:
@@ -212,13 +214,13 @@ for rule in ("rejection", "hf-gemma4"):
 
 # %%
 P, Q, _ = audit.BLOCKS["block of 4"]  # a language of two tokens: prefix -> law
-plt.figure(figsize=(6, 2.6))
-rules, depths = {"match": "o", "rejection": "s", "block": "^"}, [1, 2, 3, 4]
-for rule, marker in rules.items():
+plt.figure(figsize=(5, 2.4))
+rules, depths = {"match": ("o", GREY), "rejection": ("s", PURPLE), "block": ("^", accepted)}, [1, 2, 3, 4]
+for rule, (marker, colour) in rules.items():
     found = [audit.emitted(rule, P, Q, depth) for depth in depths]
     for depth, law in zip(depths, found):
         assert total_variation(audit.completed(law, P, depth + 1), audit.continuation(P, (), depth + 1)) < 1e-10
-    plt.plot(depths, [audit.tokens_per_round(law) for law in found], marker=marker, label=rule)
+    plt.plot(depths, [audit.tokens_per_round(law) for law in found], color=colour, marker=marker, label=rule)
 plt.xlabel("draft tokens a round"), plt.ylabel("tokens a round"), plt.xticks(depths), plt.legend(frameon=False)
 plt.show()
 # %%
@@ -232,7 +234,7 @@ for rule in rules:
 # ## Try
 #
 # - `p` and `q` without a common token, or equal: which areas vanish?
-# - `rule="match"` in the runs with drawn numbers: the law is the same. How many draft tokens stand?
+# - `"match"` for `"rejection"` in the runs with drawn numbers: the law is the same. How many draft tokens stand?
 # - `load_drafter("auto", target, soft=True)` in `Perfect`'s place: how much of the defect does a real drafter show?
 #
 # The code: `minimtp/acceptance.py` (each rule beside its exact law), `minimtp/audit.py` (`emitted`, `block_law`). In

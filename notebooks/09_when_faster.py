@@ -41,7 +41,7 @@ from minimtp.loading import bundled, published_config
 
 
 # %%
-def emitted(stands):
+def tokens_of_round(stands):
     """Tokens of one round; stands: for each draft token, whether the target would accept it."""
     accepted = 0
     while accepted < len(stands) and stands[accepted]:
@@ -50,13 +50,13 @@ def emitted(stands):
 
 
 for stands in ([True, True, False, True], [False, True, True, True], [True, True, True, True]):
-    accepted = emitted(stands) - 1
+    accepted = tokens_of_round(stands) - 1
     marks = ("+" * accepted + "x...")[:4]  # the first that is not accepted is rejected, the rest not looked at
     print(marks, "->", accepted + 1, "tokens")
 
 # %%
 a, k, random = 0.8, 4, np.random.default_rng(0)
-rounds = [emitted(random.random(k) < a) for _ in range(20_000)]
+rounds = [tokens_of_round(random.random(k) < a) for _ in range(20_000)]
 by_sum = sum(a**j for j in range(k + 1))
 formula = audit.expected_tokens(a, k)
 print(f"random rounds {np.mean(rounds):.2f}, the sum {by_sum:.4f}, the formula {formula:.4f}")
@@ -106,7 +106,7 @@ plt.show()
 
 
 # %%
-def load_pair(name):
+def bundled_pair(name):
     """A bundled target with its drafter and three prompts of 40 tokens."""
     target = minimtp.load(name)
     text = target.tokenizer.encode(bundled("heldout.txt").read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def load_pair(name):
     return SimpleNamespace(target=target, drafter=minimtp.load_drafter("auto", target), prompts=prompts)
 
 
-pairs = {"Gemma": load_pair("tiny-gemma4"), "Qwen": load_pair("tiny-qwen35")}
+pairs = {"Gemma": bundled_pair("tiny-gemma4"), "Qwen": bundled_pair("tiny-qwen35")}
 for pair in pairs.values():
     runs = [list(minimtp.generate(pair.target, ids, pair.drafter, 4, max_new_tokens=65)) for ids in pair.prompts]
     pair.steps = [step for run in runs for step in run[1:]]  # a run's first step only reads the prompt
@@ -268,8 +268,8 @@ for source, k, gain, tokens in rows:
 #
 # ## Try
 # - Call `speed_up` with your own engine's acceptance and cost ratio. Which k is best?
-# - Set `pairs["Gemma"].drafter = minimtp.PromptLookup()`, which has no weights and looks for the last tokens earlier in
-#   the text. Run from "This machine" on: how small does c get, and from which a would one draft token pay?
+# - `measured_costs(pair.target, minimtp.PromptLookup(), pair.prompts[0], 6)`: that drafter has no weights, it looks for
+#   the last tokens earlier in the text. What does a draft token cost now, and from which a would one pay?
 # - `minimtp acceptance` prints expected acceptance and the best k for a text; `minimtp bench` times passes by width.
 #
 # In the code: `minimtp/audit.py` (`expected_tokens`), `minimtp/expected.py` (`expected`, `measured_costs`,

@@ -55,9 +55,8 @@ size, weights, _ = memory.TYPES["Q6_K"]
 print(f"Q6_K: {8 * size / weights:.2f} bits a weight")
 names = ("bf16", "q8_0", "w4a16-ct", "int4-int8-embed", "q4_0")
 sizes = [memory.stored_bytes(family.tensors(config), name) / 2**30 for name in names]
-plt.barh(names, sizes, color=MEMORY["weights"])
-for row, size in enumerate(sizes):
-    plt.annotate(f" {size:.1f}", (size, row), va="center")
+bars = plt.barh(names, sizes, color=MEMORY["weights"])
+plt.bar_label(bars, fmt=" %.1f")
 plt.axvline(24, color="black", linestyle="--", label="24 GiB")
 plt.gca().set(xlabel="GiB", ylabel="format", title="gemma-4-31b, weights alone", ylim=(4.5, -0.5))
 plt.legend(frameon=False)
@@ -137,7 +136,7 @@ for row, tokens in enumerate(longest.values()):
 plt.axvline(config.max_position_embeddings, color="black", linestyle="--", label="all that the model takes")
 plt.gca().set(xlabel="longest context (tokens)", ylabel="KV storage", xlim=(0, 330_000), ylim=(3.5, -0.5))
 plt.gca().xaxis.set_major_formatter("{x:,.0f}")
-plt.title("gemma-4-31b in Q4_0 on 24 GiB"), plt.legend(frameon=False, loc="upper right")
+plt.title("gemma-4-31b in Q4_0 on 24 GiB"), plt.legend(frameon=False, loc="upper center")
 plt.show()
 
 # %% [markdown]
@@ -166,14 +165,14 @@ assert np.allclose(key_K, made_K, atol=1e-6)
 
 
 # %%
-def read(kv):
+def after_reading(kv):
     """The bundled Gemma after 400 held-out tokens, keys and values kept as `kv` -> (cache, logits)."""
     target = minimtp.load("tiny-gemma4", kv=kv)
     text, cache = bundled("heldout.txt").read_text(encoding="utf-8"), target.new_cache(400)
     return cache, target.forward(target.tokenizer.encode(text)[:400], cache).logits_TV
 
 
-runs = {kv: read(kv) for kv in ("float32", "float32-v", *storages)}
+runs = {kv: after_reading(kv) for kv in ("float32", "float32-v", *storages)}
 (k_GSK, v_GSK), (made, _) = (runs[kv][0].layers[2].read() for kv in ("float32", "float32-v"))
 same = all((floats == k_GSK[:, first:last]).all() for first, last, floats in made.each(0, 400))
 apart = abs(runs["float32-v"][1] - runs["float32"][1]).max()

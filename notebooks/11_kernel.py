@@ -144,10 +144,8 @@ x_TI = random.normal(size=(5, 2048)).astype(np.float32)
 followed = [[in_the_kernels_order(w, scales, x) for w, scales in zip(w_OI, scales_OG)] for x in x_TI]
 together_TO, plain_TO = kernel(weight, x_TI), backend.matmul(x_TI, weight)
 print("NumPy in the kernel's order, the same bits:", (together_TO == followed).all())
-print(
-    "NumPy in its own order, within 0.00001 of the largest:",
-    abs(together_TO - plain_TO).max() < 1e-5 * abs(plain_TO).max(),
-)
+close = abs(together_TO - plain_TO).max() < 1e-5 * abs(plain_TO).max()
+print("NumPy in its own order, within 0.00001 of the largest:", close)
 
 # %% [markdown]
 # The number of tokens is not in that order. So a token has the same bits alone and among five. That is why text made
@@ -190,7 +188,7 @@ family, config = loading.published_config("gemma-4-31b")
 rows, columns = family.tensors(config)["layers.0.q_proj"][1]
 device, widths, per_token = Host(), np.arange(1, 9), []
 weights = [device.empty((rows, columns // 2), "u1"), device.empty((rows, columns // 32), "f2")]
-for tokens in widths:
+for tokens in range(1, 9):
     vectors = [device.empty((tokens, size), "f4") for size in (rows, columns)]
     per_token.append(device_bytes.launch_bytes("matvec_int4", [*vectors, *weights], {}) / tokens / 1e6)
 print(f"{rows:,} rows of {columns:,} columns: {sum(array.nbytes for array in weights):,} bytes of weights")

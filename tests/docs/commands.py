@@ -28,7 +28,6 @@ REPLACED = (
     (r"(tests/hf/speed\.py \S+)", r"\1 10 1"),
     (r"--prompts 16", "--prompts 2"),
     (r"-n 1024", "-n 64"),
-    (r"(docs/proof\.py)$", r"\1 qwen-lookup"),
     (r"(weights/train\.py) TEXT --work DIR", r"\1 TEXT --work DIR --help"),
     (r"^jupyter lab notebooks", "jupyter lab --version"),
     # where something listens
@@ -39,6 +38,7 @@ REPLACED = (
     (r"--kv (KV|NAME)\b", "--kv int8-v"),
     (r" \.\.\.$", ""),
 )
+ELSEWHERE = "docs/proof.py", "notebooks/build.py"  # .ci/run has the one, tests/notebooks the other
 REFUSED = {"--backend cupy": "cupy"}  # the word by which a refusal names its reason
 
 
@@ -78,7 +78,8 @@ def parts(line):
 
 def runnable(line):
     """Whether it is to be run here: not an installation, a download or the tests, which are looked at otherwise."""
-    return not any(words[0] in ("pip", "pytest", "huggingface-cli", "python3") for words in parts(line))
+    others = ("pip", "pytest", "huggingface-cli", "python3")
+    return not any(words[0] in others or words[1:2] and words[1] in ELSEWHERE for words in parts(line))
 
 
 def replaced(line, **addresses):
@@ -103,9 +104,10 @@ def prepare(folder, line, models):
     (folder / "list.jsonl").write_text('{"id": "one", "prompt": "To be"}\n{"id": "two", "prompt": "or not"}\n')
     (folder / "ids.json").write_text(json.dumps(list(range(300, 340))))
     (folder / "emitted.json").write_text(json.dumps([300 + i % 40 for i in range(120)]))
-    if "docs/" in line or "tests/" in line or "weights/" in line:
-        shutil.copytree(PROJECT / "docs", folder / "docs")  # some scripts write beside themselves
-        for name in ("tests", "weights"):
+    if re.search(r"\b(docs|notebooks|tests|weights)/", line):
+        for name in ("docs", "notebooks"):  # some scripts write beside themselves
+            shutil.copytree(PROJECT / name, folder / name)
+        for name in ("minimtp", "tests", "weights"):
             (folder / name).symlink_to(PROJECT / name)
     golden = re.search(r"check --golden (\S+)(?: --against (\S+))?", line)
     if golden or "run/golden.json" in line:
