@@ -118,7 +118,7 @@ for what, chunk, loop in zip(("outputs", "writes", "state"), by_chunk, by_loop):
 figure, ax = plt.subplots(figsize=(3.8, 2.8))
 below_TT = np.where(np.tri(T, k=-1, dtype=bool), couplings_TT, np.nan)
 image = ax.imshow(below_TT, cmap="cividis", vmin=-0.3, vmax=0.3)
-ax.set(xlabel="token s, the earlier write", ylabel="token t, whose write is corrected", title="couplings C")
+ax.set(xlabel="token s, the earlier write", ylabel="token t, its write corrected", xticks=range(0, T, 2))
 figure.colorbar(image, ax=ax, label="share of the earlier write, grey: none")
 plt.show()
 
