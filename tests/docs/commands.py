@@ -77,8 +77,8 @@ def parts(line):
 
 
 def runnable(line):
-    """Whether it is to be run here: not an installation, a download or the tests, which are looked at otherwise."""
-    others = ("pip", "pytest", "huggingface-cli", "python3")
+    """Whether it is to be run here: not what installs, downloads or tests, which is looked at otherwise."""
+    others = ("pip", "pytest", "ruff", "huggingface-cli", "python3")
     return not any(words[0] in others or words[1:2] and words[1] in ELSEWHERE for words in parts(line))
 
 
