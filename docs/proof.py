@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,13 @@ def minimtp(*words, folder):
     return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+@cache
+def difference(model, folder):
+    """The largest difference of its logits from transformers', in double."""
+    compared = json.loads(minimtp("check", "--hf", model, "--draft", "none", "--json", folder=folder))
+    return next(part["float64"]["difference"] for part in compared["rows"] if part["name"] == "chained logits")
+
+
 def measure(name, folder):
     """A row's cells, as text."""
     row, model = ROWS[name], ROWS[name].model
@@ -57,11 +65,10 @@ def measure(name, folder):
         model = f"{name}.gguf"
         minimtp("convert", row.model, model, "--to", row.format, folder=folder)
     bench = json.loads(minimtp("bench", model, "--draft", row.draft, "--prompts", "16", "--json", folder=folder))
-    compared = json.loads(minimtp("check", "--hf", model, "--draft", "none", "--json", folder=folder))
-    logits = next(part["float64"]["difference"] for part in compared["rows"] if part["name"] == "chained logits")
+    off = difference(model, folder)
     same = "bit-identical" if bench["identical"] else "differs"
     return (
-        f"`{name}`", row.family, row.weights, row.drafter, same, f"{logits:.0e}",
+        f"`{name}`", row.family, row.weights, row.drafter, same, f"{off:.0e}",
         f"{bench['drafted']['tokens_per_pass']:.2f}",
     )  # fmt: skip
 
