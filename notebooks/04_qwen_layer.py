@@ -250,7 +250,7 @@ for name in ("qwen3.6-27b", "qwen3.6-35b-a3b", "qwen3.5-122b-a10b", "qwen3.5-397
 # - Give two tokens keys that overlap, `[1, 0, 0, 0]` and `[0.8, 0.6, 0, 0]`. What does the second write do to the
 #   first?
 # - Set `beta_T` to 2 for one step. (The models stay between 0 and 1: `beta` is a sigmoid.)
-# - Read another part of `heldout.txt` in the real layer. Which head forgets at a line break?
+# - Read another part of `heldout.txt` in the real layer. Do the same heads keep longest?
 #
 # Code: `minimtp/layers.py` (`gated_delta_step`, `gated_delta_chunk`, `causal_conv`, `delta_rule`),
 # `minimtp/qwen35.py` (`delta_net`), `minimtp/delta_state.py`. More in `docs/qwen35.md`.
