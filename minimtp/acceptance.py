@@ -146,9 +146,7 @@ def block(p_JV, q_KV, tokens_K, u_J):
     Sun et al. 2403.10444, algorithm 2; vLLM's `block`.  rho(n) = min(1, rho(n - 1) p/q) is what the target leaves of
     the first n tokens, and h(n) = S / (S + 1 - rho(n)) with S = sum [rho(n) p - q]+; after the last token h = rho.
     """
-    rho, K = [1.0], len(tokens_K)
-    for j, token in enumerate(tokens_K):
-        rho.append(min(1.0, rho[j] * p_JV.item(j, token) / q_KV.item(j, token)))
+    rho, K = block_rho(p_JV, q_KV, tokens_K), len(tokens_K)
     if K == 0 or u_J[K - 1] < rho[K]:
         return Verdict(K, draw(p_JV[K], u_J[-1]))
     for n in range(K - 1, 0, -1):
@@ -156,6 +154,14 @@ def block(p_JV, q_KV, tokens_K, u_J):
         if u_J[n - 1] * (spare + 1 - rho[n]) < spare:
             return Verdict(n, draw(residual(rho[n] * p_JV[n], q_KV[n]), u_J[-1]))
     return Verdict(0, draw(residual(p_JV[0], q_KV[0]), u_J[-1]))
+
+
+def block_rho(p_JV, q_KV, tokens_K):
+    """[rho(0) = 1, .., rho(K)]: what the target leaves of the first n tokens."""
+    rho = [1.0]
+    for j, token in enumerate(tokens_K):
+        rho.append(min(1.0, rho[j] * p_JV.item(j, token) / q_KV.item(j, token)))
+    return rho
 
 
 def typical(p_JV, q_KV, tokens_K, u_J, *, epsilon=0.09, delta=0.3):
@@ -315,14 +321,19 @@ def _lookup(rule, parameters):
     return RULES[rule]
 
 
+def point_masses(tokens_K, V):
+    """The one-hot laws [K, V] of tokens drafted by argmax."""
+    K = len(tokens_K)
+    q_KV = np.zeros((K, V))  # zeroed lazily by the system: a row costs nothing until it is used
+    q_KV[np.arange(K), tokens_K] = 1
+    return q_KV
+
+
 def _drafter_laws(name, q_KV, tokens_K, V):
     """q_KV checked, or the one-hot rows of a point-mass draft."""
-    K = len(tokens_K)
-    if q_KV is None or K == 0:
-        q_KV = np.zeros((K, V))  # zeroed lazily by the system: a row costs nothing until it is used
-        q_KV[np.arange(K), tokens_K] = 1
-        return q_KV
-    q_KV = _laws(name, q_KV, (K, V))
+    if q_KV is None or not tokens_K:
+        return point_masses(tokens_K, V)
+    q_KV = _laws(name, q_KV, (len(tokens_K), V))
     for j, token in enumerate(tokens_K):
         if q_KV[j, token] == 0:
             raise ValueError(f"draft token {j} is {token}, but its law {name}[{j}] gives it no probability")

@@ -232,7 +232,7 @@ class Audit(dict):
     """The report: a dict, which a notebook shows as a table."""
 
     def _repr_html_(self):
-        head = ["total variation from p", "emits", *CASES, *(f"{name}" for name in BLOCKS), "accepted"]
+        head = ["total variation from p", "emits", *CASES, *BLOCKS, "accepted"]
         rows = [_html_row(entry, draft) for entry in self["rules"] for draft in ("drawn", "argmax")
                 if any(case["draft"] == draft for case in entry["cases"])]  # fmt: skip
         faults = [f"{entry['rule']}: {fault}" for entry in self["rules"] for fault in entry["faults"]]

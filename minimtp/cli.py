@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from . import __version__, cli_check, cli_files, cli_oracle, cli_show, device_bench, page
 from .acceptance import RULES
@@ -23,6 +22,7 @@ from .cli_common import (
     loader_options,
     read_prompt,
     standard_input,
+    text_in,
 )
 from .display import FATES, paint
 from .generate import generate
@@ -41,7 +41,8 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     if not hasattr(arguments, "command"):
         parser.error("no COMMAND; to begin with: minimtp run --trace")
-    arguments.typed = shlex.join(["minimtp", *(sys.argv[1:] if argv is None else argv)])
+    if getattr(arguments, "html", None):  # the page says what made it
+        arguments.typed = shlex.join(["minimtp", *(sys.argv[1:] if argv is None else argv)])
     _prepare_streams()
     try:
         status = arguments.command(arguments) or 0
@@ -373,10 +374,9 @@ def bench_command(arguments):
 
 def _pieces(arguments, tokenizer):
     """Evenly spaced pieces of a text, each of as many tokens."""
-    path, size = Path(arguments.text) if arguments.text else bundled("heldout.txt"), arguments.prompt_tokens
-    text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    ids = tokenizer.encode(checked_text(text, path), special=False)
+    ids, size = tokenizer.encode(text_in(arguments.text), special=False), arguments.prompt_tokens
     if arguments.prompts < 1 or size < 1 or len(ids) < arguments.prompts * size:
+        path = arguments.text or bundled("heldout.txt")
         raise ValueError(f"{path} has {len(ids)} tokens, too few for {arguments.prompts} prompts of {size}")
     stride = len(ids) // arguments.prompts
     return [ids[i * stride : i * stride + size] for i in range(arguments.prompts)]

@@ -13,18 +13,7 @@ from .cli_common import loader_options, progress_bar
 from .loading import fingerprint, open_model, resolve
 from .worklist import claim, read_list, work
 
-APART = {
-    "command",
-    "json",
-    "keep",
-    "model",
-    "output",
-    "prompts",
-    "workers",
-    "dask",
-    "restart",
-    "typed",
-}  # nothing depends on it
+APART = {"command", "json", "keep", "model", "output", "prompts", "workers", "dask", "restart"}  # nothing depends on it
 
 
 def list_options():

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .acceptance import RULES, one_hot, relaxed_candidates, residual, typical_threshold
+from .acceptance import (
+    RULES,
+    block_rho,
+    one_hot,
+    point_masses,
+    relaxed_candidates,
+    residual,
+    typical_threshold,
+)
 from .display import visible
 from .sampling import draw
 
@@ -25,7 +33,7 @@ class Laws:
 def laws_of(draft, rule, p_noted, q_noted):
     p_JV, p_seen_JV = map(np.stack, zip(*p_noted))
     V, law_KV = p_JV.shape[1], draft.soft_KV if RULES[rule].soft else draft.q_KV
-    point_KV = np.array([one_hot(token, V) for token in draft.tokens]).reshape(-1, V)
+    point_KV = point_masses(list(draft.tokens), V)
     noted = len(q_noted) == len(draft.tokens) > 0
     soft_KV = np.stack([seen_V for _, seen_V in q_noted]) if noted else point_KV
     seen_KV = next((law for law in (draft.q_KV, draft.soft_KV) if law is not None), soft_KV)
@@ -142,7 +150,7 @@ JUDGES = {
 def _block_test(laws, step, j):
     """The first j + 1 tokens as a block: acceptance.block's h."""
     n, K, u = j + 1, len(step.draft.tokens), float(step.uniforms[j])
-    rho = _rho(laws, step.draft.tokens[:n])
+    rho = block_rho(laws.p_JV, laws.q_KV, step.draft.tokens[:n])[n]
     chance = rho
     if n < K:
         spare = np.maximum(rho * laws.p_JV[n] - laws.q_KV[n], 0).sum()
@@ -153,13 +161,6 @@ def _block_test(laws, step, j):
     test = f"{count} as a block {passes}: u = {u_text} is {'' if u < chance else 'not '}below h = {chance_text}"
     longest = step.verdict.accepted
     return (0.0, chance), f"{test}. The longest block that stands has {longest} of {K}."
-
-
-def _rho(laws, tokens):
-    rho = 1.0
-    for j, token in enumerate(tokens):
-        rho = min(1.0, rho * laws.p_JV.item(j, token) / laws.q_KV.item(j, token))
-    return rho
 
 
 def of_last(step, laws, rule, first, label):
@@ -191,7 +192,8 @@ def _correction_law(laws, step, rule):
     if rule == "threshold" or (laws.argmax and rule == "rejection"):
         return residual(p_V, one_hot(step.draft.tokens[a], len(p_V))), "p without the rejected token"
     if rule == "block":
-        return residual(_rho(laws, step.draft.tokens[:a]) * p_V, q_V), "norm[rho · p - q]+"
+        rho = block_rho(laws.p_JV, laws.q_KV, step.draft.tokens[:a])[a]
+        return residual(rho * p_V, q_V), "norm[rho · p - q]+"
     return residual(p_V, q_V), "norm[p - q]+"
 
 
